@@ -64,11 +64,15 @@ class BuildInfo:
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """The library to load and why it is this one; ``variable`` if the environment asked for it."""
+    """The library to load and why it is this one.
+
+    ``variable`` is the part of the environment that named it; ``loaded`` says that this process has it open already.
+    """
 
     path: Path
     reason: str
     variable: str | None = None
+    loaded: bool = False
 
 
 def load() -> Path:
@@ -121,7 +125,7 @@ def find(
         If none exists. A place named by the environment is binding: when it holds no library, nothing else is tried.
     """
     if loaded is not None:
-        return Candidate(loaded, "this process had loaded it before llamastate")
+        return Candidate(loaded, "this process had loaded it before llamastate", loaded=True)
     if prefix := environ.get(ENVIRONMENT):
         return _first(_prefix_folders(prefix), build, ENVIRONMENT)
     if folder := environ.get(LLAMA_CPP_ENVIRONMENT):
@@ -180,6 +184,8 @@ def mending_command(build: BuildInfo, candidate: Candidate) -> str:
         return f"{rebuild_command()}    # with {ENVIRONMENT} set as it is now"
     if candidate.variable:
         return f"unset {candidate.variable}"
+    if candidate.loaded and candidate.path.parent != installed_folder():
+        return f"python -c 'import llamastate'    # first: before the package that loads {candidate.path}"
     if build.prefix:
         return f"{ENVIRONMENT}={shlex.quote(build.prefix)} {rebuild_command()}"
     return reinstall_command(build)
@@ -228,10 +234,11 @@ def open_library(candidate: Candidate, build: BuildInfo) -> ctypes.CDLL:
     """Open libllama and what it rests on.
 
     The foundations go first and by full path: LD_LIBRARY_PATH would otherwise outrank the folder that libllama lies in,
-    and mix two builds of ggml.
+    and mix two builds of ggml. A libllama that is open has its own already, perhaps under another of their file names.
     """
+    foundations = () if candidate.loaded else _FOUNDATIONS
     try:
-        for name in _FOUNDATIONS:
+        for name in foundations:
             path = candidate.path.parent / f"lib{name}{SUFFIX}"
             if path.exists():
                 ctypes.CDLL(str(path))
