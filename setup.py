@@ -75,7 +75,7 @@ class BuildNative(build_ext):
 
     def generate(self):
         """Turn .pyx into .cpp where it is out of date."""
-        from Cython.Build import cythonize  # noqa: PLC0415 - metadata is made without Cython
+        from Cython.Build import cythonize  # metadata is made without Cython
 
         generated = cythonize(
             self.extensions,
@@ -90,8 +90,8 @@ class BuildNative(build_ext):
 
     def probe_compiler(self):
         """Compile a few lines with the compiler and the headers that the extensions will need."""
-        from distutils.ccompiler import new_compiler  # noqa: PLC0415 - setuptools' copy, once setuptools is imported
-        from distutils.sysconfig import customize_compiler  # noqa: PLC0415
+        from distutils.ccompiler import new_compiler  # setuptools' copy, once that is imported
+        from distutils.sysconfig import customize_compiler
 
         compiler = new_compiler()
         customize_compiler(compiler)

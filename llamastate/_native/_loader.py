@@ -90,7 +90,7 @@ def load() -> Path:
     of it has been called except its version functions.
     """
     try:
-        from . import _build_info  # type: ignore[attr-defined,unused-ignore]  # noqa: PLC0415 - made by the build
+        from . import _build_info  # type: ignore[attr-defined,unused-ignore]
     except ImportError:
         command = rebuild_command()
         raise NativeVersionError(
@@ -280,21 +280,12 @@ def header_beside(library: Path) -> str | None:
     return None
 
 
-class _DlInfo(ctypes.Structure):
-    _fields_ = (
-        ("dli_fname", ctypes.c_char_p),
-        ("dli_fbase", ctypes.c_void_p),
-        ("dli_sname", ctypes.c_char_p),
-        ("dli_saddr", ctypes.c_void_p),
-    )
-
-
 def _path_of(library: ctypes.CDLL) -> Path | None:
     address = ctypes.cast(library.llama_backend_init, ctypes.c_void_p)
-    info = _DlInfo()
-    if not ctypes.CDLL(None).dladdr(address, ctypes.byref(info)) or info.dli_fname is None:
+    info = (ctypes.c_void_p * 4)()  # struct Dl_info, of which the first member is the file's name
+    if not ctypes.CDLL(None).dladdr(address, info) or info[0] is None:
         return None
-    return Path(os.fsdecode(info.dli_fname))
+    return Path(os.fsdecode(ctypes.string_at(info[0])))
 
 
 def _prefix_folders(prefix: str) -> list[Path]:

@@ -1,0 +1,111 @@
+# The two commands of a newcomer are `make demo` and `make test`; both set up what is missing and say so.
+#
+#   PYTHON=python3.12 make test         another interpreter (for a new .venv)
+#   PIP_OPTIONS="--no-index ..." make   options for every pip install
+#   TEST_OPTIONS="-k state -x" make test
+
+PYTHON ?= python3
+VENV ?= .venv
+PIP_OPTIONS ?=
+TEST_OPTIONS ?=
+# pytest processes; each computes with one thread.
+TEST_PROCESSES ?= 2
+
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check $(PIP_OPTIONS)
+DONE := $(VENV)/.done
+
+NATIVE := $(wildcard llamastate/_native/*.pyx llamastate/_native/*.pxd)
+BUILD := setup.py pyproject.toml llama.cpp/locate.py
+
+# More OpenMP threads than the processes have cores would wait for each other in every small tensor.
+# GGML_NO_BACKTRACE: an expected abort in a child process must not start a debugger.
+TEST_ENV := LLAMASTATE_TEST_THREADS=1 OMP_NUM_THREADS=1 GGML_NO_BACKTRACE=1
+
+.PHONY: help demo test bench lint format build models clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make demo    answer questions on a real text with a saved state, against doing it without"
+	@echo "make test    all tests"
+	@echo "make bench   the ratios of the README, measured here"
+	@echo "make lint    ruff, mypy, and stubs against the compiled modules"
+	@echo "make format  let ruff rewrite the sources"
+	@echo "make build   .venv and the extension modules only"
+	@echo "make clean   remove what was built (not .venv, not the models)"
+
+demo: build models
+	@PYTHONPATH=. $(PY) examples/demo.py
+
+test: build models
+	$(TEST_ENV) $(PY) -m pytest -n $(TEST_PROCESSES) $(TEST_OPTIONS)
+
+# Not in parallel: it measures.
+bench: build models $(DONE)/bench
+	$(PY) -m pytest bench $(TEST_OPTIONS)
+
+lint: build
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(PY) -m mypy.stubtest --allowlist tests/stubtest-allowlist.txt --ignore-unused-allowlist llamastate._native
+
+format: build
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+build: $(DONE)/extensions
+
+models: $(DONE)/install
+	@$(PY) -m tests.models
+
+clean:
+	rm -rf build .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks $(DONE)/extensions
+	rm -f llamastate/_native/*.so llamastate/_native/*.cpp llamastate/_native/_build_info.py
+
+# --- what the targets above rest on ----------------------------------------------------------------------------------
+
+$(DONE)/venv:
+	@echo "== making $(VENV) with $(PYTHON)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and f"Python 3.10 or newer is needed, not {sys.version}")'
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@mkdir -p $(DONE) && touch $@
+
+# Prints lists of requirements out of pyproject.toml, so that they are written down once.
+define REQUIREMENTS
+import sys
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    from pip._vendor import tomli as tomllib
+with open("pyproject.toml", "rb") as file:
+    value = tomllib.load(file)
+for key in sys.argv[1].split("."):
+    value = value[key]
+print(*value, sep="\n")
+endef
+export REQUIREMENTS
+
+# Into .venv instead of pip's throwaway environment: the extensions are then compiled against the very llama-cpp-python
+# that they will run with.
+$(DONE)/requirements: pyproject.toml $(DONE)/venv
+	@echo "== installing the build requirements (llama-cpp-python compiles llama.cpp the first time: about 4 minutes)"
+	@$(PY) -c "$$REQUIREMENTS" build-system.requires > $@.txt
+	@$(PIP) -r $@.txt
+	@touch $@
+
+$(DONE)/install: $(BUILD) $(DONE)/requirements
+	@echo "== compiling and installing llamastate, editable"
+	@$(PIP) --no-build-isolation -e '.[test,dev]'
+	@touch $@
+
+$(DONE)/extensions: $(NATIVE) $(DONE)/install
+	@echo "== compiling the extension modules that changed"
+	@$(PY) setup.py --quiet build_ext --inplace
+	@touch $@
+
+$(DONE)/bench: pyproject.toml $(DONE)/install
+	@echo "== installing what the benchmarks need"
+	@$(PY) -c "$$REQUIREMENTS" project.optional-dependencies.bench > $@.txt
+	@$(PIP) -r $@.txt
+	@touch $@
