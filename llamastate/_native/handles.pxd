@@ -1,0 +1,69 @@
+from cpython.pythread cimport PyThread_type_lock
+from libc.stdint cimport int8_t, int32_t, uint64_t
+from libcpp.vector cimport vector
+
+from llamastate._native.llama cimport llama_context, llama_memory_t, llama_model, llama_vocab
+
+
+cdef class Lockable:
+    cdef PyThread_type_lock _lock
+    cdef unsigned long _holder
+    cdef int _depth
+    cdef readonly bint raise_if_busy
+    cdef int acquire(self, str operation) except -1
+    cdef void release(self) noexcept
+
+
+cdef class _ModelPtr:
+    cdef llama_model * ptr
+    cdef object keep
+
+
+cdef class ModelHandle:
+    cdef _ModelPtr _owned
+    cdef readonly bint vocab_only
+    cdef readonly bint borrowed
+    cdef llama_model * ptr(self) except NULL
+    cdef const llama_vocab * vocab(self) except NULL
+
+
+cdef class ContextHandle(Lockable):
+    cdef llama_context * ptr
+    cdef llama_memory_t mem
+    cdef _ModelPtr _model
+    cdef object _alive
+    cdef object __weakref__
+    cdef readonly bint borrowed
+    cdef readonly int n_ctx
+    cdef readonly int n_ctx_seq
+    cdef readonly int n_batch
+    cdef readonly int n_ubatch
+    cdef readonly int n_seq_max
+    cdef readonly int n_rs_seq
+    cdef readonly int n_vocab
+    cdef readonly int n_embd_out
+    cdef readonly int pooling_type
+    cdef readonly bint m_rope
+    cdef readonly bint causal
+    cdef readonly bint embeddings
+    # Positions were shifted (seq_add, seq_div) and the K rows are not rotated yet: llama.cpp does so at the next decode.
+    cdef public bint pending_shift
+    # Some cells may belong to several sequences: moving the positions of one would move the other's.
+    cdef public bint shared_cells
+    # What the last decode put out, one byte a batch entry: 0 nothing, 1 an output, 2 an output of a sequence whose
+    # state has been changed since, so that nobody samples from what is no longer true. And to whom each belonged.
+    cdef vector[int8_t] outputs
+    cdef vector[int32_t] output_n_seq
+    cdef vector[int32_t] output_seqs
+    cdef readonly int n_outputs
+    # The output buffer grows to the largest number of outputs ever asked for, and moves when it grows.
+    cdef int outputs_reserved
+    cdef readonly int views
+    # ON_DEVICE blobs that are still good: source sequence -> (flags, digest). Kept here because a borrowed context has
+    # one handle however often it is attached.
+    cdef readonly dict on_device
+    cdef bint close_pending
+    cdef int enter(self, str operation) except -1
+    cdef int32_t seq(self, seq_id) except -1
+    cdef int output(self, long i) except -1
+    cdef void free_now(self) noexcept

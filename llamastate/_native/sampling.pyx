@@ -1,0 +1,227 @@
+# distutils: language = c++
+# cython: language_level=3, boundscheck=False, wraparound=False
+"""llama.cpp's own samplers, as one chain (``llama_sampler_*``)."""
+
+cimport cython
+from libc.math cimport isnan
+from libc.stdint cimport int32_t, int64_t, uint32_t
+from libcpp.vector cimport vector
+
+from llamastate._native cimport llama as c
+from llamastate._native import log
+from llamastate._native.handles cimport ContextHandle, Lockable, ModelHandle, _ModelPtr
+from llamastate.errors import ClosedError, LogitsUnavailableError, SamplerError
+
+
+@cython.no_gc_clear
+cdef class SamplerHandle(Lockable):
+    """A ``llama_sampler`` chain. Keeps the model that its grammar reads alive; one thread at a time is inside."""
+
+    cdef c.llama_sampler * chain
+    cdef const c.llama_vocab * vocab
+    cdef _ModelPtr model
+    cdef vector[c.llama_token_data] candidates
+    cdef readonly int n_vocab
+
+    def __cinit__(self, ModelHandle model, *args, **kwargs):
+        self.vocab = model.vocab()
+        self.model = model._owned
+        self.n_vocab = c.llama_vocab_n_tokens(self.vocab)
+        self.chain = c.llama_sampler_chain_init(c.llama_sampler_chain_default_params())
+
+    def __init__(self, ModelHandle model):
+        pass
+
+    def __dealloc__(self):
+        if self.chain != NULL:
+            c.llama_sampler_free(self.chain)
+            self.chain = NULL
+
+    cdef int enter(self, str operation) except -1:
+        self.acquire(operation)
+        if self.chain == NULL:
+            self.release()
+            raise ClosedError(f"{operation}: the sampler is closed", what="sampler")
+        return 0
+
+    cdef int add(self, c.llama_sampler * link, str name, value) except -1:
+        if link == NULL:
+            reason = log.take_errors() or "llama.cpp made no sampler of it"
+            raise SamplerError(f"{name}: {reason}", parameter=name, value=value, reason=reason)
+        c.llama_sampler_chain_add(self.chain, link)
+        return 0
+
+    def add_greedy(self):
+        """``llama_sampler_init_greedy``."""
+        self.add(c.llama_sampler_init_greedy(), "greedy", None)
+
+    def add_dist(self, uint32_t seed):
+        """``llama_sampler_init_dist``."""
+        self.add(c.llama_sampler_init_dist(seed), "seed", seed)
+
+    def add_top_k(self, int k):
+        """``llama_sampler_init_top_k``."""
+        self.add(c.llama_sampler_init_top_k(k), "top_k", k)
+
+    def add_top_p(self, float p, size_t min_keep):
+        """``llama_sampler_init_top_p``."""
+        self.add(c.llama_sampler_init_top_p(p, min_keep), "top_p", p)
+
+    def add_min_p(self, float p, size_t min_keep):
+        """``llama_sampler_init_min_p``."""
+        self.add(c.llama_sampler_init_min_p(p, min_keep), "min_p", p)
+
+    def add_typical(self, float p, size_t min_keep):
+        """``llama_sampler_init_typical``."""
+        self.add(c.llama_sampler_init_typical(p, min_keep), "typical_p", p)
+
+    def add_temp(self, float t):
+        """``llama_sampler_init_temp``."""
+        self.add(c.llama_sampler_init_temp(t), "temperature", t)
+
+    def add_penalties(self, int last_n, float repeat, float freq, float present):
+        """``llama_sampler_init_penalties``."""
+        self.add(c.llama_sampler_init_penalties(self.n_vocab, last_n, repeat, freq, present), "penalties", repeat)
+
+    def add_logit_bias(self, const int32_t[::1] tokens, const float[::1] bias):
+        """``llama_sampler_init_logit_bias``; the caller has checked the ids and that the lengths agree."""
+        cdef vector[c.llama_logit_bias] pairs
+        pairs.resize(tokens.shape[0])
+        for i in range(tokens.shape[0]):
+            pairs[i].token = tokens[i]
+            pairs[i].bias = bias[i]
+        self.add(c.llama_sampler_init_logit_bias(self.n_vocab, <int32_t> pairs.size(), pairs.data()), "logit_bias", None)
+
+    def add_grammar(self, bytes grammar, bytes root):
+        """``llama_sampler_init_grammar``."""
+        if c.llama_vocab_type(self.vocab) == c.LLAMA_VOCAB_TYPE_NONE:
+            raise SamplerError("grammar: this model has no vocabulary", parameter="grammar", reason="no vocabulary")
+        log.clear_errors()
+        try:
+            self.add(c.llama_sampler_init_grammar(self.vocab, grammar, root), "grammar", grammar)
+        except (RuntimeError, IndexError, ValueError, MemoryError) as error:
+            if isinstance(error, SamplerError):
+                raise
+            raise SamplerError(f"grammar: {error}", parameter="grammar", value=grammar, reason=str(error)) from None
+
+    cdef int32_t pick(self, const float * logits, bint accept) except -1:
+        cdef c.llama_token_data_array array
+        cdef int64_t selected
+        cdef int i
+        cdef int n = self.n_vocab
+        cdef int n_bad = 0
+        cdef int32_t token = -1
+        cdef float logit = 0
+        try:
+            with nogil:
+                self.candidates.resize(n)
+                for i in range(n):
+                    n_bad += isnan(logits[i])
+                    self.candidates[i].id = i
+                    self.candidates[i].logit = logits[i]
+                    self.candidates[i].p = 0
+                if n_bad == 0:
+                    array.data = self.candidates.data()
+                    array.size = n
+                    array.selected = -1
+                    array.sorted = False
+                    c.llama_sampler_apply(self.chain, &array)
+                    selected = array.selected
+                    if 0 <= selected < <int64_t> array.size:
+                        token = array.data[selected].id
+                        logit = array.data[selected].logit
+                    if token >= 0 and logit > -3.0e38 and accept:
+                        c.llama_sampler_accept(self.chain, token)
+        except (RuntimeError, IndexError, ValueError, MemoryError) as error:
+            raise SamplerError(f"sampling failed: {error}", reason=str(error)) from None
+        if n_bad:
+            raise SamplerError(f"{n_bad} logits are not numbers", reason="nan logits", value=n_bad)
+        if token < 0 or not logit > -3.0e38:
+            raise SamplerError("no token is left to choose", reason="no candidates")
+        return token
+
+    def sample(self, ContextHandle context, long i, bint accept):
+        """Choose a token from the context's logits; ``i`` as in ``llama_get_logits_ith``. Releases the GIL."""
+        cdef float * row
+        self.enter("sample")
+        try:
+            context.enter("sample")
+            try:
+                if context.n_vocab != self.n_vocab:
+                    raise SamplerError(
+                        f"made for {self.n_vocab} tokens, the context has {context.n_vocab}", reason="other vocabulary")
+                context.output(i)
+                row = c.llama_get_logits_ith(context.ptr, <int32_t> i)
+                if row == NULL:
+                    raise LogitsUnavailableError(f"no logits for index {i}", index=i, n_outputs=context.n_outputs)
+                return self.pick(row, accept)
+            finally:
+                context.release()
+        finally:
+            self.release()
+
+    def sample_logits(self, const float[::1] logits, bint accept):
+        """Choose a token from a row of logits, float32[n_vocab]. Releases the GIL."""
+        self.enter("sample")
+        try:
+            if logits.shape[0] != self.n_vocab:
+                raise SamplerError(
+                    f"{logits.shape[0]} logits for {self.n_vocab} tokens", reason="wrong length", value=logits.shape[0])
+            return self.pick(&logits[0], accept)
+        finally:
+            self.release()
+
+    def accept(self, token):
+        """``llama_sampler_accept``: tell penalties and grammar what was chosen elsewhere."""
+        cdef int32_t t
+        if not 0 <= token < self.n_vocab:
+            raise SamplerError(f"token id {token} is not in [0, {self.n_vocab})", parameter="token", value=token)
+        t = token
+        self.enter("accept")
+        try:
+            with nogil:
+                c.llama_sampler_accept(self.chain, t)
+        except (RuntimeError, IndexError, ValueError, MemoryError) as error:
+            if isinstance(error, ClosedError):
+                raise
+            raise SamplerError(f"token {token} was refused: {error}", parameter="token", value=token,
+                               reason=str(error)) from None
+        finally:
+            self.release()
+
+    def reset(self):
+        """``llama_sampler_reset``."""
+        self.enter("reset")
+        try:
+            c.llama_sampler_reset(self.chain)
+        finally:
+            self.release()
+
+    def clone(self):
+        """``llama_sampler_clone``: an independent chain in the same state, random numbers included."""
+        cdef SamplerHandle other
+        cdef ModelHandle model = ModelHandle.__new__(ModelHandle)
+        self.enter("clone")
+        try:
+            model._owned = self.model
+            other = SamplerHandle.__new__(SamplerHandle, model)
+            c.llama_sampler_free(other.chain)
+            other.chain = c.llama_sampler_clone(self.chain)
+            return other
+        finally:
+            self.release()
+
+    @property
+    def closed(self):
+        """Whether :meth:`close` has been called."""
+        return self.chain == NULL
+
+    def close(self):
+        """Free the chain. Idempotent."""
+        self.acquire("close")
+        try:
+            if self.chain != NULL:
+                c.llama_sampler_free(self.chain)
+                self.chain = NULL
+        finally:
+            self.release()

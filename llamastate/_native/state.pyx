@@ -1,0 +1,161 @@
+# distutils: language = c++
+# cython: language_level=3
+"""The state functions of ``llama.h``: bytes between llama.cpp's memory and the caller's buffer, once, without the GIL.
+
+What these check: the context is open and nobody else is inside, the sequence id and the flags exist, the buffer is
+contiguous and large enough. What they do not check is what the bytes say: ``llamastate.context`` does, with
+``llamastate.layout``, before anything gets here.
+"""
+
+from libc.stdint cimport int32_t, uint8_t, uint32_t
+
+from llamastate._native cimport llama as c
+from llamastate._native import log
+from llamastate._native.buffers cimport Pinned, pin
+from llamastate._native.handles cimport ContextHandle
+from llamastate.errors import BufferTooSmallError, InvalidFlagsError, LoadError, SaveError
+
+cdef uint32_t KNOWN_FLAGS = c.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY | c.LLAMA_STATE_SEQ_FLAGS_ON_DEVICE
+
+
+cdef uint32_t known(flags) except? 0xFFFFFFFF:
+    if flags < 0 or flags & ~KNOWN_FLAGS:
+        raise InvalidFlagsError(f"unknown state flags {flags!r}", flags=flags, known=KNOWN_FLAGS)
+    return <uint32_t> flags
+
+
+cdef int check_space(size_t needed, Pinned out) except -1:
+    if <size_t> out.view.len < needed:
+        raise BufferTooSmallError(
+            f"the state takes {needed} bytes, the buffer has {out.view.len}", needed=needed, got=out.view.len
+        )
+    return 0
+
+
+cdef object save_failed(str operation, size_t written, size_t needed):
+    reason = log.take_errors() or f"llama.cpp wrote {written} of {needed} bytes"
+    return SaveError(f"{operation}: {reason}", reason=reason)
+
+
+def get_size(ContextHandle h):
+    """``llama_state_get_size``: bytes of the whole context's state now."""
+    cdef size_t n
+    h.enter("state_get_size")
+    try:
+        with nogil:
+            n = c.llama_state_get_size(h.ptr)
+        return n
+    finally:
+        h.release()
+
+
+def get_data_into(ContextHandle h, out):
+    """``llama_state_get_data`` into ``out``; the number of bytes written."""
+    cdef Pinned buf = pin(out, True)
+    cdef size_t needed, written
+    try:
+        h.enter("state_get_data")
+        try:
+            log.clear_errors()
+            with nogil:
+                needed = c.llama_state_get_size(h.ptr)
+            check_space(needed, buf)
+            with nogil:
+                written = c.llama_state_get_data(h.ptr, <uint8_t *> buf.view.buf, needed)
+            if written != needed:
+                raise save_failed("state_get_data", written, needed)
+            return written
+        finally:
+            h.release()
+    finally:
+        buf.release()
+
+
+def set_data(ContextHandle h, src):
+    """``llama_state_set_data``; the number of bytes read, 0 when llama.cpp refused."""
+    cdef Pinned buf = pin(src, False)
+    cdef size_t n
+    try:
+        h.enter("state_set_data")
+        try:
+            log.clear_errors()
+            with nogil:
+                n = c.llama_state_set_data(h.ptr, <const uint8_t *> buf.view.buf, <size_t> buf.view.len)
+            h.pending_shift = False
+            return n
+        finally:
+            h.release()
+    finally:
+        buf.release()
+
+
+def check(ContextHandle h, seq_id, flags):
+    """Refuse a sequence id or flags that do not exist, and a closed context."""
+    h.enter("state")
+    try:
+        h.seq(seq_id)
+        known(flags)
+    finally:
+        h.release()
+
+
+def seq_get_size(ContextHandle h, seq_id, flags):
+    """``llama_state_seq_get_size_ext``: bytes of one sequence's state now."""
+    cdef int32_t seq
+    cdef uint32_t f
+    h.enter("state_seq_get_size")
+    try:
+        seq, f = h.seq(seq_id), known(flags)
+        # With the GIL: it walks the cells once and copies nothing.
+        return c.llama_state_seq_get_size_ext(h.ptr, seq, f)
+    finally:
+        h.release()
+
+
+def seq_get_data_into(ContextHandle h, out, seq_id, flags):
+    """``llama_state_seq_get_data_ext`` into ``out``; the number of bytes written."""
+    cdef Pinned buf = pin(out, True)
+    cdef size_t needed, written
+    cdef int32_t seq
+    cdef uint32_t f
+    try:
+        h.enter("state_seq_get_data")
+        try:
+            seq, f = h.seq(seq_id), known(flags)
+            log.clear_errors()
+            with nogil:
+                needed = c.llama_state_seq_get_size_ext(h.ptr, seq, f)
+            check_space(needed, buf)
+            with nogil:
+                written = c.llama_state_seq_get_data_ext(h.ptr, <uint8_t *> buf.view.buf, needed, seq, f)
+            if written != needed:
+                raise save_failed("state_seq_get_data", written, needed)
+            return written
+        finally:
+            h.release()
+    finally:
+        buf.release()
+
+
+def seq_set_data(ContextHandle h, src, dest_seq_id, flags):
+    """``llama_state_seq_set_data_ext``; the number of bytes read, 0 when llama.cpp refused."""
+    cdef Pinned buf = pin(src, False)
+    cdef size_t n
+    cdef int32_t seq
+    cdef uint32_t f
+    try:
+        h.enter("state_seq_set_data")
+        try:
+            seq, f = h.seq(dest_seq_id), known(flags)
+            log.clear_errors()
+            try:
+                with nogil:
+                    n = c.llama_state_seq_set_data_ext(
+                        h.ptr, <const uint8_t *> buf.view.buf, <size_t> buf.view.len, seq, f)
+            except RuntimeError as error:
+                raise LoadError(f"state_seq_set_data: {error}", reason=str(error)) from None
+            return n
+        finally:
+            h.release()
+    finally:
+        buf.release()

@@ -1,0 +1,102 @@
+"""What callers hand in, as arrays that C can read."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from llamastate.errors import InvalidBatchError, InvalidBufferError, LlamaStateError, TokenizeError
+
+__all__ = ["Int32Array", "TokensLike", "as_bytes_view", "as_int32", "as_tokens"]
+
+Int32Array: TypeAlias = npt.NDArray[np.int32]
+#: Anything NumPy turns into a one-dimensional array of integers.
+TokensLike: TypeAlias = npt.ArrayLike
+
+_INT32 = np.iinfo(np.int32)
+
+
+def as_int32(values: Any, what: str) -> Int32Array:
+    """Turn ``values`` into a contiguous int32 array without ever wrapping a number around.
+
+    Raises
+    ------
+    InvalidBatchError
+        Not one-dimensional, not integers, or a value past 32 bits.
+    """
+    try:
+        array = np.asarray(values)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise _bad(f"{what} is no array: {error}") from None
+    if array.dtype == np.int32 and array.ndim == 1:
+        return np.ascontiguousarray(array)
+    if array.ndim != 1:
+        raise _bad(f"{what} has {array.ndim} dimensions, not 1")
+    if array.size == 0:
+        return np.empty(0, np.int32)
+    if array.dtype.kind not in "iu":
+        # an object array is what NumPy makes of integers past 64 bits
+        raise _bad(f"{what} holds {array.dtype}, not integers")
+    low, high = int(array.min()), int(array.max())
+    if low < _INT32.min or high > _INT32.max:
+        index = int(np.argmax((array < _INT32.min) | (array > _INT32.max)))
+        raise _bad(f"{what}[{index}] = {int(array[index])} does not fit 32 bits", index, int(array[index]))
+    return np.ascontiguousarray(array, dtype=np.int32)
+
+
+def as_tokens(tokens: TokensLike, n_vocab: int) -> Int32Array:
+    """Turn ``tokens`` into int32[n], each in ``[0, n_vocab)``.
+
+    Raises
+    ------
+    TokenizeError
+        With the first bad id as ``token``.
+    """
+    try:
+        array = as_int32(tokens, "tokens")
+    except InvalidBatchError as error:
+        raise TokenizeError(str(error), reason=error.reason, token=error.value, n_vocab=n_vocab) from None
+    outside = (array < 0) | (array >= n_vocab)
+    if outside.any():
+        token = int(array[int(np.argmax(outside))])
+        raise TokenizeError(
+            f"token id {token} is not in [0, {n_vocab})", reason="token id out of range", token=token, n_vocab=n_vocab
+        )
+    return array
+
+
+def as_index(value: Any, what: str, error: type[LlamaStateError]) -> int:
+    """Turn an integer-like object into an int, or raise ``error``."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise error(f"{what} is {type(value).__name__}, not an integer") from None
+
+
+def as_bytes_view(obj: Any) -> memoryview:
+    """View any contiguous buffer as bytes, without copying. The view pins the buffer while it lives.
+
+    Raises
+    ------
+    InvalidBufferError
+        No buffer protocol, or not contiguous.
+    """
+    kind = type(obj).__name__
+    try:
+        view = memoryview(obj)
+    except TypeError:
+        raise InvalidBufferError(f"{kind} has no buffer protocol", reason="no buffer protocol", type=kind) from None
+    except (ValueError, BufferError) as problem:
+        raise InvalidBufferError(f"{kind} cannot be read: {problem}", reason=str(problem), type=kind) from None
+    if not view.c_contiguous:
+        raise InvalidBufferError(f"{kind} is not contiguous", reason="not contiguous", type=kind)
+    if view.nbytes == 0:  # cast() refuses shapes with a zero in them
+        return memoryview(b"")
+    return view.cast("B")
+
+
+def _bad(reason: str, index: int | None = None, value: int | None = None) -> InvalidBatchError:
+    return InvalidBatchError(f"invalid batch: {reason}", code=-1, reason=reason, index=index, value=value)

@@ -1,0 +1,80 @@
+"""Replacing a file so that a crash at any instruction leaves the old one or the new one."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+from collections.abc import Iterable
+from typing import Any
+
+__all__ = ["fsync_folder", "write_atomically"]
+
+
+def write_atomically(path: str | os.PathLike[str], chunks: Iterable[Any], *, durable: bool = True) -> int:
+    """Write ``chunks`` to ``path``: a temporary file beside it, fsync, rename, fsync of the folder.
+
+    Parameters
+    ----------
+    path : path-like
+        Where the file is to be. A symbolic link is followed: the file that it names is replaced, not the link.
+    chunks : iterable of bytes-like
+        Written in order, not copied.
+    durable : bool
+        Without it nothing waits for the disk; the replacement is atomic all the same, but a power cut may undo it.
+
+    Returns
+    -------
+    int
+        Bytes written.
+
+    Raises
+    ------
+    OSError
+        Whatever the file system says; ``ValueError`` for a path with a NUL. The old file is untouched then, and the
+        temporary one is gone.
+    """
+    target = os.path.realpath(os.fspath(path))
+    folder, name = os.path.split(target)
+    if os.path.isdir(target):
+        # rename() would say so too, but only after everything has been written
+        raise IsADirectoryError(21, "Is a directory", target)
+    temporary = os.path.join(folder, f".{name[:200]}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    # O_EXCL: never write through something that somebody planted. 0o666: the umask decides, as for any other file.
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o666)
+    try:
+        try:
+            written = sum(_write_all(fd, chunk) for chunk in chunks)
+            if durable:
+                os.fsync(fd)
+        finally:
+            os.close(fd)
+        os.replace(temporary, target)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+    if durable:
+        fsync_folder(folder)
+    return written
+
+
+def fsync_folder(folder: str) -> None:
+    """Make the names in ``folder`` durable; a rename is only as safe as the folder that holds it."""
+    if os.name == "nt":  # Windows has no handle on a folder that could be flushed
+        return
+    fd = os.open(folder or ".", os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _write_all(fd: int, chunk: Any) -> int:
+    view = memoryview(chunk)
+    view = view.cast("B") if view.nbytes else memoryview(b"")
+    total = view.nbytes
+    while view:
+        # a single write() moves at most 2 GiB on Linux, and less when a signal comes
+        view = view[os.write(fd, view) :]
+    return total

@@ -1,0 +1,135 @@
+"""Borrowing the context of a ``llama_cpp.Llama``.
+
+The object belongs to llama-cpp-python, which knows nothing of locks. As long as an attachment lives, the methods through
+which a ``Llama`` reaches its context take the attachment's lock; and what they do to the context is noted,
+so that nobody reads logits or takes states that it has made invalid. llama-cpp-python itself is never imported here.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import sys
+import weakref
+from typing import TYPE_CHECKING, Any
+
+from llamastate import _native
+from llamastate._native import handles
+from llamastate.errors import ClosedError, NativeVersionError
+
+if TYPE_CHECKING:
+    from llamastate._native.handles import ContextHandle
+
+__all__ = ["borrow"]
+
+#: One handle, and so one lock, for each borrowed context; the key is the id of the owner's inner object.
+_borrowed: weakref.WeakValueDictionary[int, ContextHandle] = weakref.WeakValueDictionary()
+
+#: Methods of llama_cpp._internals.LlamaContext that touch the native context, and what they leave to be known.
+_GUARDED = {
+    "decode": "decodes",
+    "encode": "decodes",
+    "kv_cache_clear": "",
+    "kv_cache_seq_rm": "",
+    "kv_cache_seq_cp": "",
+    "kv_cache_seq_keep": "",
+    "kv_cache_seq_shift": "shifts",
+    "get_state_size": "reads",
+    "set_n_threads": "reads",
+}
+
+
+def borrow(llm: Any, *, raise_if_busy: bool) -> tuple[ContextHandle, dict[str, Any]]:
+    """Borrow the context of ``llm``.
+
+    Parameters
+    ----------
+    llm : llama_cpp.Llama
+    raise_if_busy : bool
+
+    Returns
+    -------
+    handle : ContextHandle
+        The same for every attachment to one ``Llama``.
+    params : dict
+        What the context was made with, as for ``create_context``.
+
+    Raises
+    ------
+    ClosedError
+        The ``Llama`` is closed.
+    NativeVersionError
+        Its library is another file than ours.
+    TypeError
+        It is no ``Llama``.
+    """
+    inner = getattr(llm, "_ctx", None)
+    if inner is None or not hasattr(inner, "ctx") or not hasattr(llm, "context_params"):
+        raise TypeError(f"{type(llm).__name__} is no llama_cpp.Llama")
+    if inner.ctx is None:
+        raise ClosedError("the Llama is closed", what="context")
+    _check_library()
+    handle = _borrowed.get(id(inner))
+    if handle is None or handle.closed:
+        address = ctypes.cast(inner.ctx, ctypes.c_void_p).value or 0
+        handle = handles.borrow_context(
+            address,
+            llm,
+            lambda: inner.ctx is not None,
+            raise_if_busy=raise_if_busy,
+            embeddings=bool(llm.context_params.embeddings),
+        )
+        _borrowed[id(inner)] = handle
+        _guard(inner)
+    return handle, _params_of(llm.context_params)
+
+
+def _params_of(native: Any) -> dict[str, Any]:
+    integers = ("type_k", "type_v", "flash_attn_type", "pooling_type")
+    booleans = ("offload_kqv", "op_offload", "embeddings", "swa_full", "kv_unified")
+    return {**{n: int(getattr(native, n)) for n in integers}, **{n: bool(getattr(native, n)) for n in booleans}}
+
+
+def _check_library() -> None:
+    # Two copies of llama.cpp in one process have each their own types, backends and registries: a pointer from one
+    # means nothing to the other, even where the code is the same.
+    theirs = getattr(getattr(sys.modules.get("llama_cpp.llama_cpp"), "_lib", None), "_name", None)
+    ours = _native.library
+    if theirs and not os.path.samefile(theirs, ours):
+        raise NativeVersionError(
+            f"llama_cpp runs on {theirs}, llamastate on {ours}",
+            expected=str(ours),
+            found=theirs,
+            library=theirs,
+            command="unset LLAMASTATE_LLAMA_CPP LLAMA_CPP_LIB_PATH",
+        )
+
+
+def _guard(inner: Any) -> None:
+    """Make the owner's own calls take turns with ours."""
+    # Weak on both sides: neither the wrapper nor the registry may keep the Llama alive, or make its end wait for the
+    # garbage collector.
+    reference = weakref.ref(inner)
+    for name, effect in _GUARDED.items():
+        function = getattr(type(inner), name, None)
+        if function is None or name in vars(inner):
+            continue
+        setattr(inner, name, _guarded(function, effect, reference, id(inner)))
+
+
+def _guarded(function: Any, effect: str, reference: weakref.ref[Any], key: int) -> Any:
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        inner = reference()
+        handle = _borrowed.get(key)
+        if handle is None or handle.closed:
+            return function(inner, *args, **kwargs)
+        with handle:
+            result = function(inner, *args, **kwargs)
+            if effect != "reads":
+                handle.forget_outputs()
+                handle.pending_shift = effect == "shifts" or (handle.pending_shift and effect != "decodes")
+            return result
+
+    return call

@@ -1,0 +1,410 @@
+"""The exception tree.
+
+Every error raised on purpose by this package derives from :class:`LlamaStateError` and carries the facts that
+led to it as attributes: a caller should never have to parse a message. Where Python has a builtin that people
+already catch for the same reason (``ValueError``, ``OSError``, ``MemoryError``, ``RuntimeError``, ``IndexError``)
+the class derives from that too.
+
+The facts are given as keyword arguments to the constructor; each becomes an attribute. Positional arguments after
+the message are not accepted, so two facts can never be swapped silently.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+__all__ = [
+    "BadMagicError",
+    "BufferTooSmallError",
+    "ClosedError",
+    "ContextBusyError",
+    "ContextCreateError",
+    "CorruptStateError",
+    "DecodeAbortedError",
+    "DecodeError",
+    "FileAccessError",
+    "FingerprintMismatchError",
+    "HeadMovedError",
+    "InsufficientMaxTokensError",
+    "InvalidBatchError",
+    "InvalidBufferError",
+    "InvalidFlagsError",
+    "InvalidPositionError",
+    "InvalidSequenceError",
+    "LayoutMismatchError",
+    "LlamaStateError",
+    "LoadError",
+    "LogTamperedError",
+    "LogitsUnavailableError",
+    "ModelLoadError",
+    "NativeVersionError",
+    "NoKVSlotError",
+    "NotEnoughCellsError",
+    "OnDeviceStateError",
+    "PendingUpdateError",
+    "SamplerError",
+    "SaveError",
+    "SessionNameError",
+    "SessionNotFoundError",
+    "StateError",
+    "StateFileNotFoundError",
+    "StoreFullError",
+    "StoreLockedError",
+    "TemplateError",
+    "TokenizeError",
+    "UnsupportedLayoutError",
+    "VersionMismatchError",
+]
+
+
+class LlamaStateError(Exception):
+    """Base of every error of this package.
+
+    Parameters
+    ----------
+    message : str
+        One sentence for people.
+    **facts
+        The values behind it, each readable as an attribute; those named in ``fields`` are ``None`` when not given.
+    """
+
+    fields: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, message: str = "", **facts: Any) -> None:
+        super().__init__(message)
+        self.message = message
+        for name in self.fields:
+            setattr(self, name, facts.pop(name, None))
+        if facts:
+            raise TypeError(f"{type(self).__name__} has no facts named {sorted(facts)}")
+
+    # Exceptions cross process borders (multiprocessing, Ray): the facts have to travel with them. A subclass such
+    # as OSError would otherwise be rebuilt from ``args`` alone.
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (type(self), self.message, {name: getattr(self, name) for name in self.fields})
+
+
+def _rebuild(cls: type[LlamaStateError], message: str, facts: dict[str, Any]) -> LlamaStateError:
+    return cls(message, **facts)
+
+
+# --- the native library ---------------------------------------------------------------------------------------------
+
+
+class NativeVersionError(LlamaStateError, ImportError):
+    """The llama.cpp library found is not the one this package was built against (or none was found)."""
+
+    fields = ("expected", "found", "library", "command")
+    expected: str | None
+    found: str | None
+    library: str | None
+    command: str | None
+
+
+# --- model and context ----------------------------------------------------------------------------------------------
+
+
+class ModelLoadError(LlamaStateError, OSError):
+    """A model file could not be loaded. ``reason`` is llama.cpp's own last message where there is one."""
+
+    fields = ("path", "reason")
+    path: str | None
+    reason: str | None
+
+
+class ContextCreateError(LlamaStateError, RuntimeError):
+    """llama.cpp made no context from these parameters."""
+
+    fields = ("params", "reason")
+    params: dict[str, Any] | None
+    reason: str | None
+
+
+class ClosedError(LlamaStateError, ValueError):
+    """A model, context or sampler was used after it had been closed."""
+
+    fields = ("what",)
+    what: str | None
+
+
+class ContextBusyError(LlamaStateError, RuntimeError):
+    """Another thread is inside this context and it was made with ``on_busy="raise"``."""
+
+    fields = ("operation",)
+    operation: str | None
+
+
+class TokenizeError(LlamaStateError, ValueError):
+    """Text could not be turned into tokens, or tokens into text. ``token`` is the first bad id, if one is to blame."""
+
+    fields = ("reason", "token", "n_vocab")
+    reason: str | None
+    token: int | None
+    n_vocab: int | None
+
+
+class TemplateError(LlamaStateError, ValueError):
+    """The model carries no chat template, or the template refused these messages."""
+
+    fields = ("reason",)
+    reason: str | None
+
+
+class SamplerError(LlamaStateError, ValueError):
+    """A sampler cannot be made from these parameters, or it refused a token. ``parameter`` names the culprit."""
+
+    fields = ("parameter", "value", "reason")
+    parameter: str | None
+    value: Any
+    reason: str | None
+
+
+# --- decoding -------------------------------------------------------------------------------------------------------
+
+
+class DecodeError(LlamaStateError, RuntimeError):
+    """``llama_decode`` failed. ``code`` is what it returned; ``removed`` lists sequences whose state had to go."""
+
+    fields = ("code", "n_tokens", "removed")
+    code: int | None
+    n_tokens: int | None
+    removed: tuple[int, ...] | None
+
+
+class NoKVSlotError(DecodeError):
+    """The cache has no room for this batch (code 1). Nothing was changed; the context stays usable."""
+
+
+class DecodeAbortedError(DecodeError):
+    """The computation was aborted from outside (code 2)."""
+
+
+class InvalidBatchError(DecodeError, ValueError):
+    """A batch that llama.cpp must not see: bad token, position, size or output mask. ``index`` is the first culprit."""
+
+    fields = ("code", "n_tokens", "removed", "reason", "index", "value", "limit")
+    reason: str | None
+    index: int | None
+    value: Any
+    limit: Any
+
+
+class LogitsUnavailableError(LlamaStateError, IndexError):
+    """No logits (or embeddings) exist for that index of the last batch."""
+
+    fields = ("index", "n_outputs")
+    index: int | None
+    n_outputs: int | None
+
+
+class InvalidSequenceError(LlamaStateError, ValueError):
+    """A sequence id outside ``[0, n_seq_max)``."""
+
+    fields = ("seq_id", "n_seq_max")
+    seq_id: Any
+    n_seq_max: int | None
+
+
+class InvalidPositionError(LlamaStateError, ValueError):
+    """A position or a range of positions that this sequence does not allow."""
+
+    fields = ("reason", "value", "limit")
+    reason: str | None
+    value: Any
+    limit: Any
+
+
+# --- buffers --------------------------------------------------------------------------------------------------------
+
+
+class InvalidBufferError(LlamaStateError, TypeError):
+    """An object that cannot serve as a buffer here: no buffer protocol, not contiguous, or read-only."""
+
+    fields = ("reason", "type")
+    reason: str | None
+    type: str | None
+
+
+class BufferTooSmallError(LlamaStateError, ValueError):
+    """The caller's buffer is smaller than the state. Nothing was written."""
+
+    fields = ("needed", "got")
+    needed: int | None
+    got: int | None
+
+
+# --- state ----------------------------------------------------------------------------------------------------------
+
+
+class StateError(LlamaStateError):
+    """Base of all errors about saving and loading state."""
+
+
+class InvalidFlagsError(StateError, ValueError):
+    """State flags that ``llama.h`` does not define. ``known`` is the union of those it does."""
+
+    fields = ("flags", "known")
+    flags: Any
+    known: int | None
+
+
+class PendingUpdateError(StateError, RuntimeError):
+    """Positions were shifted and llama.cpp has not applied the shift yet; it does at the next decode."""
+
+    fields = ("operation",)
+    operation: str | None
+
+
+class SaveError(StateError, OSError):
+    """State could not be written. The old file, if any, is as it was."""
+
+    fields = ("path", "reason")
+    path: str | None
+    reason: str | None
+
+
+class LoadError(StateError, ValueError):
+    """State could not be loaded. The context is as it was."""
+
+    fields = ("path", "reason")
+    path: str | None
+    reason: str | None
+
+
+class FileAccessError(LoadError, OSError):
+    """A state file could not be opened or read. ``code`` is the ``errno``."""
+
+    fields = ("path", "reason", "code")
+    code: int | None
+
+
+class StateFileNotFoundError(FileAccessError, FileNotFoundError):
+    """There is no such state file."""
+
+
+class BadMagicError(LoadError):
+    """The bytes begin with another magic number than the format's."""
+
+    fields = ("path", "reason", "expected", "found")
+    expected: int | None
+    found: int | None
+
+
+class VersionMismatchError(LoadError):
+    """A format version that this build of llama.cpp does not read."""
+
+    fields = ("path", "reason", "expected", "found")
+    expected: int | None
+    found: int | None
+
+
+class CorruptStateError(LoadError):
+    """The bytes contradict themselves or end too soon. ``offset`` is where, ``section`` which part."""
+
+    fields = ("path", "reason", "offset", "section")
+    offset: int | None
+    section: str | None
+
+
+class LayoutMismatchError(LoadError):
+    """Sound bytes, but of another model or another kind of cache. ``field`` differs: ``expected`` against ``found``."""
+
+    fields = ("path", "reason", "field", "expected", "found", "offset")
+    field: str | None
+    expected: Any
+    found: Any
+    offset: int | None
+
+
+class FingerprintMismatchError(LoadError):
+    """The state belongs to other weights, adapters or settings. ``field`` names the first that differs."""
+
+    fields = ("path", "reason", "field", "expected", "found")
+    field: str | None
+    expected: Any
+    found: Any
+
+
+class InsufficientMaxTokensError(LoadError):
+    """The file holds more tokens than the caller allowed. ``n_out`` is how many."""
+
+    fields = ("path", "reason", "n_out", "max_tokens")
+    n_out: int | None
+    max_tokens: int | None
+
+
+class NotEnoughCellsError(LoadError, MemoryError):
+    """The state needs more cache cells than are (or ever can be) free."""
+
+    fields = ("path", "reason", "needed", "available")
+    needed: int | None
+    available: int | None
+
+
+class OnDeviceStateError(LoadError):
+    """An ``ON_DEVICE`` blob that is not the last one this context made for that sequence."""
+
+    fields = ("path", "reason", "seq_id")
+    seq_id: int | None
+
+
+class UnsupportedLayoutError(StateError, NotImplementedError):
+    """A kind of memory whose state format this package cannot check, and so does not load."""
+
+    fields = ("arch", "kind", "reason")
+    arch: str | None
+    kind: str | None
+    reason: str | None
+
+
+# --- sessions, stores, logs -----------------------------------------------------------------------------------------
+
+
+class SessionNotFoundError(LlamaStateError, KeyError):
+    """No session of that name or id."""
+
+    fields = ("name",)
+    name: str | None
+
+    def __str__(self) -> str:  # KeyError would print the repr of the message
+        return self.message
+
+
+class SessionNameError(LlamaStateError, ValueError):
+    """A session name that cannot be a portable file name."""
+
+    fields = ("name", "reason")
+    name: str | None
+    reason: str | None
+
+
+class HeadMovedError(LlamaStateError, RuntimeError):
+    """Somebody else appended to the log first."""
+
+    fields = ("expected", "found")
+    expected: str | None
+    found: str | None
+
+
+class LogTamperedError(LlamaStateError, ValueError):
+    """Entry ``index`` of a session log does not hold the hash chain."""
+
+    fields = ("index", "reason")
+    index: int | None
+    reason: str | None
+
+
+class StoreLockedError(LlamaStateError, RuntimeError):
+    """Another process holds this store or session."""
+
+    fields = ("path",)
+    path: str | None
+
+
+class StoreFullError(LlamaStateError, OSError):
+    """A store has no room for what was to be put into it."""
+
+    fields = ("path", "needed", "available")
+    path: str | None
+    needed: int | None
+    available: int | None

@@ -1,0 +1,561 @@
+"""The state API: twelve functions of ``llama.h``, made so that they cannot hurt.
+
+Saving is simple: the bytes move once, from llama.cpp's memory to the caller's. Restoring follows one discipline
+(:meth:`StateAPI.state_seq_set_data`), because llama.cpp checks little, reports success for states that are wrong, and
+leaves a sequence half overwritten when it refuses one:
+
+1. Every byte that decides a position, a sequence id, a type, a size or a count is checked against the model and the
+   context before anything is touched (``llamastate.layout``).
+2. If it cannot be proved that the cells will fit, the sequence's present state is copied first.
+3. The destination is emptied, the state set, and the number of bytes read and the positions compared with what the
+   blob said.
+4. On any doubt the sequence is emptied, the copy put back, and an error raised.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+import os
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from llamastate import layout
+from llamastate._native import log, memory, state
+from llamastate.arrays import Int32Array, TokensLike, as_bytes_view, as_tokens
+from llamastate.atomic import write_atomically
+from llamastate.errors import (
+    CorruptStateError,
+    FileAccessError,
+    LoadError,
+    NotEnoughCellsError,
+    OnDeviceStateError,
+    PendingUpdateError,
+    SaveError,
+    StateFileNotFoundError,
+)
+from llamastate.flags import SeqFlags
+from llamastate.probe import context_limits, context_schema
+
+if TYPE_CHECKING:
+    from llamastate._native.handles import ContextHandle
+    from llamastate.layout import Limits, Schema, SequenceInfo
+    from llamastate.model import Model
+
+__all__ = ["StateAPI"]
+
+#: Bytes in front of a sequence's state in memory (magic, sequence id); its file form does not have them.
+SEQ_HEADER = 8
+
+
+class StateAPI:
+    """The state functions of a :class:`~llamastate.Context`. Not made directly."""
+
+    _handle: ContextHandle
+    _params: dict[str, Any]
+    model: Model
+    _schema_cache: Schema | None = None
+
+    # --- what a blob has to look like ---------------------------------------------------------------------------------
+
+    @property
+    def schema(self) -> Schema:
+        """The layout that every blob of this context has. Found out at the first use (``llamastate.probe``)."""
+        if self._schema_cache is None:
+            self._schema_cache = context_schema(self.model, self._handle, self._params)
+        return self._schema_cache
+
+    @property
+    def limits(self) -> Limits:
+        """How many sequences and cells there are."""
+        return context_limits(
+            self._handle, self.schema.n_swa, bool(self._params.get("swa_full")), bool(self._params.get("kv_unified"))
+        )
+
+    # --- whole context ------------------------------------------------------------------------------------------------
+
+    def state_get_size(self) -> int:
+        """Bytes that the whole context's state takes now (``llama_state_get_size``). O(cells)."""
+        n: int = state.get_size(self._handle)
+        return n
+
+    def state_get_data(self) -> npt.NDArray[np.uint8]:
+        """Copy the whole context's state into a new array (``llama_state_get_data``).
+
+        Returns
+        -------
+        uint8[n]
+        """
+        with self._handle:
+            out = np.empty(self.state_get_size(), np.uint8)
+            self.state_get_data_into(out)
+            return out
+
+    def state_get_data_into(self, out: Any) -> int:
+        """Copy the whole context's state into ``out`` (``llama_state_get_data``).
+
+        Parameters
+        ----------
+        out : buffer
+            Writable, contiguous, of any type, of at least :meth:`state_get_size` bytes.
+
+        Returns
+        -------
+        int
+            Bytes written.
+
+        Raises
+        ------
+        BufferTooSmallError
+            Nothing was written. ``needed`` and ``got`` are bytes.
+        InvalidBufferError
+            Read-only or not contiguous.
+        PendingUpdateError
+            Positions were shifted and nothing has been decoded since.
+
+        Notes
+        -----
+        Moves every byte once; the GIL is free meanwhile.
+        """
+        with self._handle as handle:
+            self._refuse_pending("state_get_data")
+            n: int = state.get_data_into(handle, out)
+            return n
+
+    def state_set_data(self, src: Any) -> int:
+        """Replace the whole context's state (``llama_state_set_data``).
+
+        Parameters
+        ----------
+        src : buffer
+            What :meth:`state_get_data` gave for a context of the same model and cache settings. Not copied.
+
+        Returns
+        -------
+        int
+            Bytes read: all of them.
+
+        Raises
+        ------
+        LoadError
+            One of its subclasses says why; the context is as it was.
+        """
+        with as_bytes_view(src) as view, self._handle as handle:
+            info = layout.validate_context(view, self.schema, self.limits)
+            n = state.set_data(handle, view)
+            handle.forget_outputs()
+            held = {seq: self._span(seq) for seq in range(handle.n_seq_max)}
+            wanted = {seq: info.sequences.get(seq, (-1, -1)) for seq in held}
+            if n != view.nbytes or any(held[seq][1] != wanted[seq][1] for seq in held):
+                # Validation leaves no known way to get here. Should one exist, an empty context is better than a wrong
+                # one, and the error says so.
+                memory.clear(handle, True)
+                raise LoadError("llama.cpp refused the state; the context is empty now", reason=log.take_errors())
+            return n
+
+    def state_save_file(self, path: str | os.PathLike[str], tokens: TokensLike) -> int:
+        """Write the whole context's state and ``tokens`` to a file, atomically and durably.
+
+        Parameters
+        ----------
+        path : path-like
+        tokens : array-like of int
+            Stored beside the state, for whoever loads it. Need not have anything to do with it.
+
+        Returns
+        -------
+        int
+            Bytes written: the very ones that ``llama_state_save_file`` writes.
+
+        Raises
+        ------
+        SaveError
+            The old file, if any, is as it was.
+        TokenizeError
+            A token id out of range.
+        """
+        ids = as_tokens(tokens, self.model.n_vocab)
+        header = layout.header_bytes("context", ids)
+        with self._handle as handle:
+            self._refuse_pending("state_save_file")
+            out = np.empty(len(header) + state.get_size(handle), np.uint8)
+            out[: len(header)] = np.frombuffer(header, np.uint8)
+            state.get_data_into(handle, out[len(header) :])
+        return _save(path, out)
+
+    def state_load_file(self, path: str | os.PathLike[str], *, max_tokens: int | None = None) -> Int32Array:
+        """Replace the whole context's state by a file's (``llama_state_load_file``).
+
+        Parameters
+        ----------
+        path : path-like
+            Written by :meth:`state_save_file`, by llama.cpp or by anything on top of it.
+        max_tokens : int, optional
+            Refuse a file with more tokens.
+
+        Returns
+        -------
+        int32[n]
+            The tokens stored beside the state. They are already decoded: do not feed them again.
+
+        Raises
+        ------
+        LoadError
+            One of its subclasses says why (:class:`StateFileNotFoundError`, :class:`InsufficientMaxTokensError`, ...);
+            the context is as it was.
+        """
+        with _Mapped(path) as file, self._loading(path):
+            head = layout.read_header(file.view, kind="context", max_tokens=max_tokens)
+            tokens = self._file_tokens(head)
+            with file.view[head.state_offset :] as blob:
+                self.state_set_data(blob)
+            return tokens
+
+    # --- one sequence -------------------------------------------------------------------------------------------------
+
+    def state_seq_get_size(self, seq_id: int, flags: int = SeqFlags.NONE) -> int:
+        """Bytes that one sequence's state takes now (``llama_state_seq_get_size_ext``). O(cells)."""
+        n: int = state.seq_get_size(self._handle, seq_id, flags)
+        return n
+
+    def state_seq_get_data(self, seq_id: int, flags: int = SeqFlags.NONE) -> npt.NDArray[np.uint8]:
+        """Copy one sequence's state into a new array (``llama_state_seq_get_data_ext``).
+
+        Returns
+        -------
+        uint8[n]
+        """
+        with self._handle as handle:
+            out = np.empty(state.seq_get_size(handle, seq_id, flags), np.uint8)
+            self.state_seq_get_data_into(out, seq_id, flags)
+            return out
+
+    def state_seq_get_data_into(self, out: Any, seq_id: int, flags: int = SeqFlags.NONE) -> int:
+        """Copy one sequence's state into ``out`` (``llama_state_seq_get_data_ext``).
+
+        Parameters
+        ----------
+        out : buffer
+            Writable, contiguous, of any type, of at least :meth:`state_seq_get_size` bytes.
+        seq_id : int
+            In ``[0, n_seq_max)``.
+        flags : SeqFlags
+            With ``ON_DEVICE`` the tensors stay in the context, and the blob before of this sequence is void.
+
+        Returns
+        -------
+        int
+            Bytes written.
+
+        Raises
+        ------
+        BufferTooSmallError, InvalidBufferError, InvalidSequenceError, InvalidFlagsError
+            Nothing was written.
+        PendingUpdateError
+            Positions were shifted and nothing has been decoded since.
+
+        Notes
+        -----
+        Moves every byte once; the GIL is free meanwhile.
+        """
+        with self._handle as handle:
+            if handle.pending_shift:
+                self._refuse_pending("state_seq_get_data")
+            n: int = state.seq_get_data_into(handle, out, seq_id, flags)
+            if flags & SeqFlags.ON_DEVICE:
+                with as_bytes_view(out) as view:
+                    handle.on_device[seq_id] = (int(flags), _digest(view[:n]))
+            return n
+
+    def state_seq_set_data(self, src: Any, dest_seq_id: int, flags: int = SeqFlags.NONE) -> int:
+        """Replace one sequence's state (``llama_state_seq_set_data_ext``).
+
+        Parameters
+        ----------
+        src : buffer
+            What :meth:`state_seq_get_data` gave, here or in another context of the same model and cache settings. Not
+            copied.
+        dest_seq_id : int
+            In ``[0, n_seq_max)``; need not be the one it came from.
+        flags : SeqFlags
+            Those it was taken with. A ``PARTIAL_ONLY`` state goes onto a sequence that still begins with the same
+            tokens, as many as it was taken at; later ones are removed. That the tokens are the same is the caller's
+            promise.
+
+        Returns
+        -------
+        int
+            Bytes read: all of them.
+
+        Raises
+        ------
+        LoadError
+            One of its subclasses says why; the sequence, and all others, are as they were.
+        InvalidSequenceError, InvalidFlagsError, InvalidBufferError
+            Likewise.
+
+        Notes
+        -----
+        Moves every byte once; the checks read only what is not tensor data. The GIL is free while bytes move.
+        """
+        with as_bytes_view(src) as view, self._handle as handle:
+            state.check(handle, dest_seq_id, flags)
+            on_device = bool(flags & SeqFlags.ON_DEVICE)
+            if on_device:
+                self._check_generation(view, int(flags))
+            schema = self.schema
+            partial = bool(flags & SeqFlags.PARTIAL_ONLY) and schema.has_partial
+            info = layout.validate_sequence(view, schema, self.limits, partial=partial, on_device=on_device)
+            if partial:
+                self._check_base(info, dest_seq_id)
+            self._replace_sequence(view, info, dest_seq_id, int(flags), partial)
+            return view.nbytes
+
+    def state_seq_save_file(self, path: str | os.PathLike[str], seq_id: int, tokens: TokensLike) -> int:
+        """Write one sequence's state and ``tokens`` to a file, atomically and durably.
+
+        Parameters
+        ----------
+        path : path-like
+        seq_id : int
+            In ``[0, n_seq_max)``.
+        tokens : array-like of int
+            Stored beside the state: those that the sequence was decoded from, as a rule.
+
+        Returns
+        -------
+        int
+            Bytes written: the very ones that ``llama_state_seq_save_file`` writes.
+
+        Raises
+        ------
+        SaveError
+            The old file, if any, is as it was.
+        TokenizeError
+            A token id out of range.
+        """
+        ids = as_tokens(tokens, self.model.n_vocab)
+        header = layout.header_bytes("sequence", ids)
+        # A sequence's state in memory has eight bytes in front that its file does not have. Let them land in the room
+        # of the file's own header, which is longer, and write that last: one buffer, no copy.
+        start = len(header) - SEQ_HEADER
+        with self._handle as handle:
+            self._refuse_pending("state_seq_save_file")
+            out = np.empty(start + state.seq_get_size(handle, seq_id, 0), np.uint8)
+            state.seq_get_data_into(handle, out[start:], seq_id, 0)
+        out[: len(header)] = np.frombuffer(header, np.uint8)
+        return _save(path, out)
+
+    def state_seq_load_file(
+        self, path: str | os.PathLike[str], dest_seq_id: int, *, max_tokens: int | None = None
+    ) -> tuple[Int32Array, int]:
+        """Replace one sequence's state by a file's (``llama_state_seq_load_file``).
+
+        Parameters
+        ----------
+        path : path-like
+            Written by :meth:`state_seq_save_file`, by llama.cpp or by anything on top of it.
+        dest_seq_id : int
+            In ``[0, n_seq_max)``.
+        max_tokens : int, optional
+            Refuse a file with more tokens.
+
+        Returns
+        -------
+        tokens : int32[n]
+            Stored beside the state. They are already decoded: do not feed them again.
+        n_bytes : int
+            Size of the file.
+
+        Raises
+        ------
+        LoadError
+            One of its subclasses says why; the sequence, and all others, are as they were.
+
+        Notes
+        -----
+        The file is mapped, not read: bytes go from the page cache to llama.cpp. Whoever cuts a file short in place
+        while it is being loaded kills the process, as with any mapped file; replace files instead of rewriting them.
+        """
+        with _Mapped(path) as file, self._loading(path):
+            head = layout.read_header(file.view, kind="sequence", max_tokens=max_tokens)
+            tokens = self._file_tokens(head)
+            # llama.cpp takes the in-memory form only: put its header into our private copy of the page, over the end
+            # of the file's header, which has been read.
+            start = head.state_offset - SEQ_HEADER
+            file.view[start : head.state_offset] = layout.SEQUENCE_HEADER.pack(layout.SEQUENCE_MAGIC, 0)
+            with file.view[start:] as blob, blob[SEQ_HEADER:] as body, self._handle as handle:
+                state.check(handle, dest_seq_id, SeqFlags.NONE)
+                info = layout.validate_sequence(body, self.schema, self.limits, header=False)
+                self._replace_sequence(blob, info, dest_seq_id, SeqFlags.NONE, partial=False)
+            return tokens, file.view.nbytes
+
+    # --- restoring, step by step --------------------------------------------------------------------------------------
+
+    def _span(self, seq_id: int) -> tuple[int, int]:
+        return memory.seq_pos_min(self._handle, seq_id), memory.seq_pos_max(self._handle, seq_id)
+
+    def _refuse_pending(self, operation: str) -> None:
+        # The cells already say the new positions, but the K rows are rotated for the old ones: a state taken now would
+        # be wrong, and nothing in it would say so.
+        if self._handle.pending_shift:
+            raise PendingUpdateError(
+                f"{operation}: positions were shifted; llama.cpp applies that at the next decode", operation=operation
+            )
+
+    def _check_generation(self, view: memoryview, flags: int) -> None:
+        # A blob whose tensors are elsewhere says nothing about them: that it is the last one taken is all there is.
+        source = int.from_bytes(view[4:8], "little", signed=True) if view.nbytes >= SEQ_HEADER else None
+        known = None if source is None else self._handle.on_device.get(source)
+        if known is None:
+            raise OnDeviceStateError(
+                "this context holds no ON_DEVICE state for that blob", reason="never taken", seq_id=source
+            )
+        if known != (flags, _digest(view)):
+            raise OnDeviceStateError(
+                f"the ON_DEVICE state of sequence {source} has been taken again since, or the blob was changed",
+                reason="not the last one taken",
+                seq_id=source,
+            )
+
+    def _check_base(self, info: SequenceInfo, dest_seq_id: int) -> None:
+        # A partial state is only the window or the recurrent part. Without the attention rows of every token
+        # up to its own position the sequence would be wrong, and llama.cpp would not notice.
+        have = self._base_cells(dest_seq_id)
+        if have < info.pos_max + 1:
+            raise LoadError(
+                f"a partial state at position {info.pos_max} needs the {info.pos_max + 1} tokens before it in sequence "
+                f"{dest_seq_id}, which holds {have}",
+                reason="the sequence is shorter than the partial state",
+            )
+
+    def _base_cells(self, seq_id: int) -> int:
+        """Count the cells that a sequence has in the base attention cache: llama.cpp only tells the window's span."""
+        base = next((p for p in self.schema.parts if isinstance(p, layout.KVSchema) and p.role == "base"), None)
+        if base is None:
+            return 1 << 31  # all of the memory is recurrent: there is nothing that could be too short
+        # Without tensors a part is its fixed bytes and one record a cell; the difference of two sizes is one part.
+        whole = state.seq_get_size(self._handle, seq_id, SeqFlags.ON_DEVICE)
+        rest = state.seq_get_size(self._handle, seq_id, SeqFlags.ON_DEVICE | SeqFlags.PARTIAL_ONLY)
+        return max(0, whole - rest - base.fixed_bytes) // base.record_bytes
+
+    def _replace_sequence(self, view: memoryview, info: SequenceInfo, dest: int, flags: int, partial: bool) -> None:
+        handle = self._handle
+        held = self._span(dest)
+        backup: npt.NDArray[np.uint8] | None = None
+        if held != (-1, -1) and not self._sure_to_fit(info, dest):
+            backup = np.empty(state.seq_get_size(handle, dest, 0), np.uint8)
+            state.seq_get_data_into(handle, backup, dest, 0)
+        handle.forget_outputs(dest)
+        if not partial:
+            # llama.cpp skips a part that the blob has empty, and would leave the old cells in it
+            memory.seq_rm(handle, dest, -1, -1)
+        problem: str | None = None
+        try:
+            n = state.seq_set_data(handle, view, dest, flags) if info.n_cells or info.has_recurrent else view.nbytes
+            if partial:
+                memory.seq_rm(handle, dest, info.pos_max + 1, -1)
+            if n != view.nbytes or memory.seq_pos_max(handle, dest) != info.pos_max:
+                problem = log.take_errors() or f"llama.cpp read {n} of {view.nbytes} bytes"
+        except LoadError as error:
+            problem = str(error)
+        if problem is None:
+            return
+        memory.seq_rm(handle, dest, -1, -1)
+        if backup is not None:
+            state.seq_set_data(handle, backup, dest, 0)
+        free = max(0, self.limits.base_cells - self._cells_of_others(dest))
+        if info.n_cells > free or "find" in problem or "not enough" in problem:
+            raise NotEnoughCellsError(
+                f"the state takes {info.n_cells} cells, {free} are free", reason=problem, needed=info.n_cells, available=free
+            )
+        raise LoadError(f"llama.cpp refused the state: {problem}", reason=problem)
+
+    def _cells_of_others(self, dest: int) -> int:
+        """Count the cells of all other sequences; cells that several share are counted for each."""
+        return sum(self._span(seq)[1] + 1 for seq in range(self._handle.n_seq_max) if seq != dest)
+
+    def _sure_to_fit(self, info: SequenceInfo, dest: int) -> bool:
+        """Whether nothing that other sequences hold can keep this state from fitting; its own cells become free."""
+        if self._handle.n_seq_max == 1 or not self._params.get("kv_unified"):
+            return True
+        if self.schema.m_rope:
+            return False  # an image takes more cells than positions: spans do not count them
+        others = self._cells_of_others(dest)
+        limits = self.limits
+        return info.n_cells + others <= limits.base_cells and info.n_window_cells + others <= limits.window_cells
+
+    # --- files --------------------------------------------------------------------------------------------------------
+
+    def _file_tokens(self, head: layout.FileHeader) -> Int32Array:
+        tokens: Int32Array = head.tokens.copy()
+        outside = (tokens < 0) | (tokens >= self.model.n_vocab)
+        if outside.any():
+            index = int(np.argmax(outside))
+            raise CorruptStateError(
+                f"token {index} is {int(tokens[index])}, not in [0, {self.model.n_vocab})",
+                reason="token id out of range",
+                offset=12 + 4 * index,
+                section="tokens",
+            )
+        return tokens
+
+    @staticmethod
+    def _loading(path: str | os.PathLike[str]) -> _NamePath:
+        return _NamePath(path)
+
+
+class _NamePath:
+    """Names the file in load errors that come from below, where there are only bytes."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = os.fspath(path)
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, LoadError) and error.path is None:
+            error.path = self.path
+
+
+class _Mapped:
+    """A file's bytes, mapped privately: writing to the view changes our copy of the page, never the file."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        name = os.fspath(path)
+        self._map: mmap.mmap | None = None
+        try:
+            with open(name, "rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                if size:
+                    self._map = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)
+        except (OSError, ValueError) as error:
+            code = getattr(error, "errno", None)
+            reason = getattr(error, "strerror", None) or str(error)
+            cls = StateFileNotFoundError if isinstance(error, FileNotFoundError) else FileAccessError
+            raise cls(f"cannot read {name!r}: {reason}", path=name, reason=reason, code=code) from None
+        self.view = memoryview(self._map if self._map is not None else b"")
+
+    def __enter__(self) -> _Mapped:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.view.release()
+        if self._map is not None:
+            self._map.close()
+
+
+def _save(path: str | os.PathLike[str], data: npt.NDArray[np.uint8]) -> int:
+    name = os.fspath(path)
+    try:
+        return write_atomically(name, [data.data])
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise SaveError(f"cannot write {name!r}: {reason}", path=name, reason=reason) from error
+
+
+def _digest(view: memoryview) -> bytes:
+    return hashlib.blake2b(view, digest_size=16).digest()
