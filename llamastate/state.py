@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import mmap
 import os
+import struct
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -46,8 +47,9 @@ if TYPE_CHECKING:
 
 __all__ = ["StateAPI"]
 
-#: Bytes in front of a sequence's state in memory (magic, sequence id); its file form does not have them.
-SEQ_HEADER = 8
+#: What stands in front of a sequence's state in memory (magic, sequence id), and not in its file.
+_SEQ_HEADER = struct.Struct("<Ii")
+SEQ_HEADER = _SEQ_HEADER.size
 
 
 class StateAPI:
@@ -385,7 +387,7 @@ class StateAPI:
             # llama.cpp takes the in-memory form only: put its header into our private copy of the page, over the end
             # of the file's header, which has been read.
             start = head.state_offset - SEQ_HEADER
-            file.view[start : head.state_offset] = layout.SEQUENCE_HEADER.pack(layout.SEQUENCE_MAGIC, 0)
+            file.view[start : head.state_offset] = _SEQ_HEADER.pack(layout.SEQUENCE_MAGIC, 0)
             with file.view[start:] as blob, blob[SEQ_HEADER:] as body, self._handle as handle:
                 state.check(handle, dest_seq_id, SeqFlags.NONE)
                 info = layout.validate_sequence(body, self.schema, self.limits, header=False)

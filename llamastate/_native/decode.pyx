@@ -114,6 +114,7 @@ def decode(ContextHandle h, const int32_t[::1] tokens, const int32_t[::1] pos, c
     cdef Py_ssize_t at = 0
     cdef vector[c.llama_seq_id *] rows
     cdef vector[int8_t] flags
+    cdef int8_t wanted
     cdef c.llama_batch batch
     if pos.shape[0] != n or n_seq_id.shape[0] != n or outputs.shape[0] != n:
         raise bad("its arrays differ in length", n)
@@ -128,8 +129,9 @@ def decode(ContextHandle h, const int32_t[::1] tokens, const int32_t[::1] pos, c
             rows.push_back(<c.llama_seq_id *> &seq_ids[at])
             at += n_seq_id[i]
             # a context that makes embeddings puts out every token whatever the mask says; say so instead of a warning
-            flags.push_back(1 if outputs[i] or h.embeddings or h.mem == NULL else 0)
-            n_out += flags[i]
+            wanted = outputs[i] != 0 or h.embeddings or h.mem == NULL
+            flags.push_back(wanted)
+            n_out += wanted
         if h.views and n_out > h.outputs_reserved:
             raise ContextBusyError(
                 f"decode: {h.views} views of logits are held and {n_out} outputs would move them", operation="decode"
