@@ -16,7 +16,7 @@ PIP := $(PY) -m pip install --quiet --disable-pip-version-check $(PIP_OPTIONS)
 DONE := $(VENV)/.done
 
 NATIVE := $(wildcard llamastate/_native/*.pyx llamastate/_native/*.pxd)
-BUILD := setup.py pyproject.toml llama.cpp/locate.py
+BUILD := setup.py pyproject.toml llama.cpp/locate.py llama.cpp/amx.py
 
 # More OpenMP threads than the processes have cores would wait for each other in every small tensor.
 # GGML_NO_BACKTRACE: an expected abort in a child process must not start a debugger.
@@ -91,7 +91,10 @@ export REQUIREMENTS
 $(DONE)/requirements: pyproject.toml $(DONE)/venv
 	@echo "== installing the build requirements (llama-cpp-python compiles llama.cpp the first time: about 4 minutes)"
 	@$(PY) -c "$$REQUIREMENTS" build-system.requires > $@.txt
-	@$(PIP) -r $@.txt
+	@args="$$($(PY) llama.cpp/amx.py)"; \
+	if [ -z "$$args" ]; then $(PIP) -r $@.txt; else \
+		echo "   with CMAKE_ARGS=$$args, and so past pip's cache of wheels, which does not tell builds apart"; \
+		CMAKE_ARGS="$$args" $(PIP) --no-cache-dir -r $@.txt; fi
 	@touch $@
 
 $(DONE)/install: $(BUILD) $(DONE)/requirements

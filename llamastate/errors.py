@@ -94,7 +94,7 @@ def _rebuild(cls: type[LlamaStateError], message: str, facts: dict[str, Any]) ->
 class NativeVersionError(LlamaStateError, ImportError):
     """The llama.cpp library found is not the one this package was built against (or none was found)."""
 
-    fields = ("expected", "found", "library", "command")
+    fields: ClassVar[tuple[str, ...]] = ("expected", "found", "library", "command")
     expected: str | None
     found: str | None
     library: str | None
@@ -107,7 +107,7 @@ class NativeVersionError(LlamaStateError, ImportError):
 class ModelLoadError(LlamaStateError, OSError):
     """A model file could not be loaded. ``reason`` is llama.cpp's own last message where there is one."""
 
-    fields = ("path", "reason")
+    fields: ClassVar[tuple[str, ...]] = ("path", "reason")
     path: str | None
     reason: str | None
 
@@ -115,7 +115,7 @@ class ModelLoadError(LlamaStateError, OSError):
 class ContextCreateError(LlamaStateError, RuntimeError):
     """llama.cpp made no context from these parameters."""
 
-    fields = ("params", "reason")
+    fields: ClassVar[tuple[str, ...]] = ("params", "reason")
     params: dict[str, Any] | None
     reason: str | None
 
@@ -123,21 +123,21 @@ class ContextCreateError(LlamaStateError, RuntimeError):
 class ClosedError(LlamaStateError, ValueError):
     """A model, context or sampler was used after it had been closed."""
 
-    fields = ("what",)
+    fields: ClassVar[tuple[str, ...]] = ("what",)
     what: str | None
 
 
 class ContextBusyError(LlamaStateError, RuntimeError):
     """Another thread is inside this context and it was made with ``on_busy="raise"``."""
 
-    fields = ("operation",)
+    fields: ClassVar[tuple[str, ...]] = ("operation",)
     operation: str | None
 
 
 class TokenizeError(LlamaStateError, ValueError):
     """Text could not be turned into tokens, or tokens into text. ``token`` is the first bad id, if one is to blame."""
 
-    fields = ("reason", "token", "n_vocab")
+    fields: ClassVar[tuple[str, ...]] = ("reason", "token", "n_vocab")
     reason: str | None
     token: int | None
     n_vocab: int | None
@@ -146,14 +146,14 @@ class TokenizeError(LlamaStateError, ValueError):
 class TemplateError(LlamaStateError, ValueError):
     """The model carries no chat template, or the template refused these messages."""
 
-    fields = ("reason",)
+    fields: ClassVar[tuple[str, ...]] = ("reason",)
     reason: str | None
 
 
 class SamplerError(LlamaStateError, ValueError):
     """A sampler cannot be made from these parameters, or it refused a token. ``parameter`` names the culprit."""
 
-    fields = ("parameter", "value", "reason")
+    fields: ClassVar[tuple[str, ...]] = ("parameter", "value", "reason")
     parameter: str | None
     value: Any
     reason: str | None
@@ -165,7 +165,7 @@ class SamplerError(LlamaStateError, ValueError):
 class DecodeError(LlamaStateError, RuntimeError):
     """``llama_decode`` failed. ``code`` is what it returned; ``removed`` lists sequences whose state had to go."""
 
-    fields = ("code", "n_tokens", "removed")
+    fields: ClassVar[tuple[str, ...]] = ("code", "n_tokens", "removed")
     code: int | None
     n_tokens: int | None
     removed: tuple[int, ...] | None
@@ -182,7 +182,7 @@ class DecodeAbortedError(DecodeError):
 class InvalidBatchError(DecodeError, ValueError):
     """A batch that llama.cpp must not see: bad token, position, size or output mask. ``index`` is the first culprit."""
 
-    fields = ("code", "n_tokens", "removed", "reason", "index", "value", "limit")
+    fields: ClassVar[tuple[str, ...]] = ("code", "n_tokens", "removed", "reason", "index", "value", "limit")
     reason: str | None
     index: int | None
     value: Any
@@ -192,7 +192,7 @@ class InvalidBatchError(DecodeError, ValueError):
 class LogitsUnavailableError(LlamaStateError, IndexError):
     """No logits (or embeddings) exist for that index of the last batch."""
 
-    fields = ("index", "n_outputs")
+    fields: ClassVar[tuple[str, ...]] = ("index", "n_outputs")
     index: int | None
     n_outputs: int | None
 
@@ -200,7 +200,7 @@ class LogitsUnavailableError(LlamaStateError, IndexError):
 class InvalidSequenceError(LlamaStateError, ValueError):
     """A sequence id outside ``[0, n_seq_max)``."""
 
-    fields = ("seq_id", "n_seq_max")
+    fields: ClassVar[tuple[str, ...]] = ("seq_id", "n_seq_max")
     seq_id: Any
     n_seq_max: int | None
 
@@ -208,7 +208,7 @@ class InvalidSequenceError(LlamaStateError, ValueError):
 class InvalidPositionError(LlamaStateError, ValueError):
     """A position or a range of positions that this sequence does not allow."""
 
-    fields = ("reason", "value", "limit")
+    fields: ClassVar[tuple[str, ...]] = ("reason", "value", "limit")
     reason: str | None
     value: Any
     limit: Any
@@ -220,7 +220,7 @@ class InvalidPositionError(LlamaStateError, ValueError):
 class InvalidBufferError(LlamaStateError, TypeError):
     """An object that cannot serve as a buffer here: no buffer protocol, not contiguous, or read-only."""
 
-    fields = ("reason", "type")
+    fields: ClassVar[tuple[str, ...]] = ("reason", "type")
     reason: str | None
     type: str | None
 
@@ -228,7 +228,7 @@ class InvalidBufferError(LlamaStateError, TypeError):
 class BufferTooSmallError(LlamaStateError, ValueError):
     """The caller's buffer is smaller than the state. Nothing was written."""
 
-    fields = ("needed", "got")
+    fields: ClassVar[tuple[str, ...]] = ("needed", "got")
     needed: int | None
     got: int | None
 
@@ -243,7 +243,7 @@ class StateError(LlamaStateError):
 class InvalidFlagsError(StateError, ValueError):
     """State flags that ``llama.h`` does not define. ``known`` is the union of those it does."""
 
-    fields = ("flags", "known")
+    fields: ClassVar[tuple[str, ...]] = ("flags", "known")
     flags: Any
     known: int | None
 
@@ -251,14 +251,14 @@ class InvalidFlagsError(StateError, ValueError):
 class PendingUpdateError(StateError, RuntimeError):
     """Positions were shifted and llama.cpp has not applied the shift yet; it does at the next decode."""
 
-    fields = ("operation",)
+    fields: ClassVar[tuple[str, ...]] = ("operation",)
     operation: str | None
 
 
 class SaveError(StateError, OSError):
     """State could not be written. The old file, if any, is as it was."""
 
-    fields = ("path", "reason")
+    fields: ClassVar[tuple[str, ...]] = ("path", "reason")
     path: str | None
     reason: str | None
 
@@ -266,7 +266,7 @@ class SaveError(StateError, OSError):
 class LoadError(StateError, ValueError):
     """State could not be loaded. The context is as it was."""
 
-    fields = ("path", "reason")
+    fields: ClassVar[tuple[str, ...]] = ("path", "reason")
     path: str | None
     reason: str | None
 
@@ -274,7 +274,7 @@ class LoadError(StateError, ValueError):
 class FileAccessError(LoadError, OSError):
     """A state file could not be opened or read. ``code`` is the ``errno``."""
 
-    fields = ("path", "reason", "code")
+    fields: ClassVar[tuple[str, ...]] = ("path", "reason", "code")
     code: int | None
 
 
@@ -285,7 +285,7 @@ class StateFileNotFoundError(FileAccessError, FileNotFoundError):
 class BadMagicError(LoadError):
     """The bytes begin with another magic number than the format's."""
 
-    fields = ("path", "reason", "expected", "found")
+    fields: ClassVar[tuple[str, ...]] = ("path", "reason", "expected", "found")
     expected: int | None
     found: int | None
 
@@ -293,7 +293,7 @@ class BadMagicError(LoadError):
 class VersionMismatchError(LoadError):
     """A format version that this build of llama.cpp does not read."""
 
-    fields = ("path", "reason", "expected", "found")
+    fields: ClassVar[tuple[str, ...]] = ("path", "reason", "expected", "found")
     expected: int | None
     found: int | None
 
@@ -301,7 +301,7 @@ class VersionMismatchError(LoadError):
 class CorruptStateError(LoadError):
     """The bytes contradict themselves or end too soon. ``offset`` is where, ``section`` which part."""
 
-    fields = ("path", "reason", "offset", "section")
+    fields: ClassVar[tuple[str, ...]] = ("path", "reason", "offset", "section")
     offset: int | None
     section: str | None
 
@@ -309,7 +309,7 @@ class CorruptStateError(LoadError):
 class LayoutMismatchError(LoadError):
     """Sound bytes, but of another model or another kind of cache. ``field`` differs: ``expected`` against ``found``."""
 
-    fields = ("path", "reason", "field", "expected", "found", "offset")
+    fields: ClassVar[tuple[str, ...]] = ("path", "reason", "field", "expected", "found", "offset")
     field: str | None
     expected: Any
     found: Any
@@ -319,7 +319,7 @@ class LayoutMismatchError(LoadError):
 class FingerprintMismatchError(LoadError):
     """The state belongs to other weights, adapters or settings. ``field`` names the first that differs."""
 
-    fields = ("path", "reason", "field", "expected", "found")
+    fields: ClassVar[tuple[str, ...]] = ("path", "reason", "field", "expected", "found")
     field: str | None
     expected: Any
     found: Any
@@ -328,7 +328,7 @@ class FingerprintMismatchError(LoadError):
 class InsufficientMaxTokensError(LoadError):
     """The file holds more tokens than the caller allowed. ``n_out`` is how many."""
 
-    fields = ("path", "reason", "n_out", "max_tokens")
+    fields: ClassVar[tuple[str, ...]] = ("path", "reason", "n_out", "max_tokens")
     n_out: int | None
     max_tokens: int | None
 
@@ -336,7 +336,7 @@ class InsufficientMaxTokensError(LoadError):
 class NotEnoughCellsError(LoadError, MemoryError):
     """The state needs more cache cells than are (or ever can be) free."""
 
-    fields = ("path", "reason", "needed", "available")
+    fields: ClassVar[tuple[str, ...]] = ("path", "reason", "needed", "available")
     needed: int | None
     available: int | None
 
@@ -344,14 +344,14 @@ class NotEnoughCellsError(LoadError, MemoryError):
 class OnDeviceStateError(LoadError):
     """An ``ON_DEVICE`` blob that is not the last one this context made for that sequence."""
 
-    fields = ("path", "reason", "seq_id")
+    fields: ClassVar[tuple[str, ...]] = ("path", "reason", "seq_id")
     seq_id: int | None
 
 
 class UnsupportedLayoutError(StateError, NotImplementedError):
     """A kind of memory whose state format this package cannot check, and so does not load."""
 
-    fields = ("arch", "kind", "reason")
+    fields: ClassVar[tuple[str, ...]] = ("arch", "kind", "reason")
     arch: str | None
     kind: str | None
     reason: str | None
@@ -363,7 +363,7 @@ class UnsupportedLayoutError(StateError, NotImplementedError):
 class SessionNotFoundError(LlamaStateError, KeyError):
     """No session of that name or id."""
 
-    fields = ("name",)
+    fields: ClassVar[tuple[str, ...]] = ("name",)
     name: str | None
 
     def __str__(self) -> str:  # KeyError would print the repr of the message
@@ -373,7 +373,7 @@ class SessionNotFoundError(LlamaStateError, KeyError):
 class SessionNameError(LlamaStateError, ValueError):
     """A session name that cannot be a portable file name."""
 
-    fields = ("name", "reason")
+    fields: ClassVar[tuple[str, ...]] = ("name", "reason")
     name: str | None
     reason: str | None
 
@@ -381,7 +381,7 @@ class SessionNameError(LlamaStateError, ValueError):
 class HeadMovedError(LlamaStateError, RuntimeError):
     """Somebody else appended to the log first."""
 
-    fields = ("expected", "found")
+    fields: ClassVar[tuple[str, ...]] = ("expected", "found")
     expected: str | None
     found: str | None
 
@@ -389,7 +389,7 @@ class HeadMovedError(LlamaStateError, RuntimeError):
 class LogTamperedError(LlamaStateError, ValueError):
     """Entry ``index`` of a session log does not hold the hash chain."""
 
-    fields = ("index", "reason")
+    fields: ClassVar[tuple[str, ...]] = ("index", "reason")
     index: int | None
     reason: str | None
 
@@ -397,14 +397,14 @@ class LogTamperedError(LlamaStateError, ValueError):
 class StoreLockedError(LlamaStateError, RuntimeError):
     """Another process holds this store or session."""
 
-    fields = ("path",)
+    fields: ClassVar[tuple[str, ...]] = ("path",)
     path: str | None
 
 
 class StoreFullError(LlamaStateError, OSError):
     """A store has no room for what was to be put into it."""
 
-    fields = ("path", "needed", "available")
+    fields: ClassVar[tuple[str, ...]] = ("path", "needed", "available")
     path: str | None
     needed: int | None
     available: int | None

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llamastate import chat, lifetimes
+from llamastate import _native, chat, lifetimes
 from llamastate._native import handles, vocab
+from llamastate._native._amx import is_miscompiled
 from llamastate.arrays import Int32Array, TokensLike, as_index, as_tokens
 from llamastate.errors import ModelLoadError, TemplateError, TokenizeError
 
@@ -42,6 +43,9 @@ class Model:
         Let llama.cpp look for invalid numbers in the tensors while it loads.
     main_gpu : int
         The GPU for what is not split.
+    use_extra_bufts : bool, optional
+        Let llama.cpp lay weights out anew for this processor. By default it may, unless the library was compiled by
+        a GCC whose AMX code crashes on this processor.
 
     Raises
     ------
@@ -70,6 +74,7 @@ class Model:
         vocab_only: bool = False,
         check_tensors: bool = False,
         main_gpu: int = 0,
+        use_extra_bufts: bool | None = None,
     ) -> None:
         self.path: str | None = os.fspath(path)
         self._handle = handles.load_model(
@@ -80,6 +85,7 @@ class Model:
             vocab_only=vocab_only,
             check_tensors=check_tensors,
             main_gpu=main_gpu,
+            use_extra_bufts=not is_miscompiled(_native.library.parent) if use_extra_bufts is None else use_extra_bufts,
         )
         self._prepare()
 

@@ -1,5 +1,5 @@
 # distutils: language = c++
-# cython: language_level=3, boundscheck=False, wraparound=False
+# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True
 """Batches in, logits and embeddings out (``llama_decode`` and what it leaves behind).
 
 Everything that llama.cpp would assert on, or would accept and get wrong, is checked before it sees the batch.
@@ -175,8 +175,7 @@ def logits_into(ContextHandle h, long i, float[::1] out):
         raise ValueError(f"out has {out.shape[0]} elements, not n_vocab = {h.n_vocab}")
     h.enter("logits")
     try:
-        h.output(i)
-        row = c.llama_get_logits_ith(h.ptr, <int32_t> i)
+        row = c.llama_get_logits_ith(h.ptr, h.output(i))
         if row == NULL:
             raise LogitsUnavailableError(f"no logits for index {i}", index=i, n_outputs=h.n_outputs)
         memcpy(&out[0], row, <size_t> h.n_vocab * sizeof(float))
@@ -191,8 +190,7 @@ def embeddings_into(ContextHandle h, long i, float[::1] out):
         raise ValueError(f"out has {out.shape[0]} elements, not n_embd_out = {h.n_embd_out}")
     h.enter("embeddings")
     try:
-        h.output(i)
-        row = c.llama_get_embeddings_ith(h.ptr, <int32_t> i)
+        row = c.llama_get_embeddings_ith(h.ptr, h.output(i))
         if row == NULL:
             raise LogitsUnavailableError(f"no embeddings for index {i}", index=i, n_outputs=h.n_outputs)
         memcpy(&out[0], row, <size_t> h.n_embd_out * sizeof(float))
@@ -231,8 +229,7 @@ cdef class LogitsView:
     def __init__(self, ContextHandle h, long i):
         h.enter("logits")
         try:
-            h.output(i)
-            self.row = c.llama_get_logits_ith(h.ptr, <int32_t> i)
+            self.row = c.llama_get_logits_ith(h.ptr, h.output(i))
             if self.row == NULL:
                 raise LogitsUnavailableError(f"no logits for index {i}", index=i, n_outputs=h.n_outputs)
             self.h = h

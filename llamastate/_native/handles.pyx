@@ -123,7 +123,7 @@ cdef class ModelHandle:
 
 
 def load_model(bytes path, *, int n_gpu_layers, bint use_mmap, bint use_mlock, bint vocab_only, bint check_tensors,
-               int main_gpu):
+               int main_gpu, bint use_extra_bufts):
     """Load a GGUF file (``llama_model_load_from_file``). Releases the GIL.
 
     Raises
@@ -136,6 +136,7 @@ def load_model(bytes path, *, int n_gpu_layers, bint use_mmap, bint use_mlock, b
     cdef llama_model * model
     params.n_gpu_layers = n_gpu_layers
     params.main_gpu = main_gpu
+    params.use_extra_bufts = use_extra_bufts
     params.vocab_only = vocab_only
     params.check_tensors = check_tensors
     if use_mmap:

@@ -126,6 +126,7 @@ cdef extern from "llama.h" nogil:
         int32_t main_gpu
         cbool vocab_only
         cbool check_tensors
+        cbool use_extra_bufts
 
     struct llama_context_params:
         uint32_t n_ctx

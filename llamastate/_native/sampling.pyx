@@ -150,8 +150,7 @@ cdef class SamplerHandle(Lockable):
                 if context.n_vocab != self.n_vocab:
                     raise SamplerError(
                         f"made for {self.n_vocab} tokens, the context has {context.n_vocab}", reason="other vocabulary")
-                context.output(i)
-                row = c.llama_get_logits_ith(context.ptr, <int32_t> i)
+                row = c.llama_get_logits_ith(context.ptr, context.output(i))
                 if row == NULL:
                     raise LogitsUnavailableError(f"no logits for index {i}", index=i, n_outputs=context.n_outputs)
                 return self.pick(row, accept)
