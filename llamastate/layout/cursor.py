@@ -8,6 +8,8 @@ A :class:`Writer` is its mirror image over a buffer whose size has been computed
 from __future__ import annotations
 
 from struct import Struct
+from traceback import clear_frames
+from types import TracebackType
 from typing import Any, NoReturn
 
 import numpy as np
@@ -15,7 +17,7 @@ from numpy.typing import NDArray
 
 from llamastate.errors import BufferTooSmallError, CorruptStateError, InvalidBufferError
 
-__all__ = ["Cursor", "Writer", "byte_view", "writable_bytes"]
+__all__ = ["Borrowed", "Cursor", "Writer", "byte_view", "writable_bytes"]
 
 _U32 = Struct("<I")
 _I32 = Struct("<i")
@@ -39,6 +41,34 @@ def byte_view(buf: Any) -> memoryview:
     # memoryview.cast refuses shapes with a zero in them, although such a buffer is a valid one of no bytes.
     flat = view.cast("B") if view.nbytes else memoryview(b"")
     return flat.toreadonly()
+
+
+class Borrowed:
+    """Use a buffer as :func:`byte_view` gives it, and let go of it if that fails.
+
+    An exception keeps the frames it passed through, and those hold arrays over the buffer. Whoever catches it may want
+    to close the mapped file or resize the bytearray at once, so the frames are emptied here. After success the arrays
+    that were made keep the buffer, as they must.
+    """
+
+    __slots__ = ("view",)
+
+    def __init__(self, buf: object) -> None:
+        self.view = byte_view(buf)
+
+    def __enter__(self) -> memoryview:
+        return self.view
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if error is None:
+            return
+        cause: BaseException | None = error
+        while cause is not None:
+            clear_frames(cause.__traceback__)
+            cause = cause.__cause__ or cause.__context__
+        self.view.release()
 
 
 def writable_bytes(out: Any, needed: int) -> NDArray[np.uint8]:

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from llamastate.errors import BadMagicError, CorruptStateError, InsufficientMaxTokensError, VersionMismatchError
-from llamastate.layout.cursor import Cursor, byte_view
+from llamastate.layout.cursor import Borrowed, Cursor
 
 __all__ = ["MAGIC", "VERSION", "FileHeader", "FileKind", "header_bytes", "read_header"]
 
@@ -98,7 +98,11 @@ def read_header(buf: object, *, kind: FileKind | None = None, max_tokens: int | 
     -----
     ``llama_context::state_load_file`` and ``state_seq_load_file``. Cost: O(1), nothing is copied.
     """
-    cursor = Cursor(byte_view(buf))
+    with Borrowed(buf) as view:
+        return _read(Cursor(view), kind, max_tokens)
+
+
+def _read(cursor: Cursor, kind: FileKind | None, max_tokens: int | None) -> FileHeader:
     magic = cursor.u32("file.magic")
     kinds: tuple[FileKind, ...] = ("context", "sequence") if kind is None else (kind,)
     found = next((k for k in kinds if MAGIC[k] == magic), None)

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llamastate.errors import CorruptStateError, UnsupportedLayoutError
-from llamastate.layout.cursor import Writer, byte_view, writable_bytes
+from llamastate.layout.cursor import Borrowed, Writer, writable_bytes
 from llamastate.layout.schema import KVSchema, RecurrentSchema, Schema
 from llamastate.layout.walk import SEQUENCE_MAGIC, walk_sequence
 
@@ -374,7 +374,11 @@ def parse_sequence(buf: object, schema: Schema, *, partial: bool = False, header
     LoadError
         As :func:`~llamastate.layout.walk.walk_sequence`; positions are not looked at.
     """
-    view = byte_view(buf)
+    with Borrowed(buf) as view:
+        return _parse(view, schema, partial, header)
+
+
+def _parse(view: memoryview, schema: Schema, partial: bool, header: bool) -> SequenceState:
     walk = walk_sequence(view, schema, partial=partial, header=header)
     data = np.frombuffer(view, np.uint8)
     seq_id = walk.seq_id

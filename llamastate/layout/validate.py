@@ -13,21 +13,23 @@ Checksums (in files) and the caller's own record of positions cover those.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from llamastate.errors import CorruptStateError, LayoutMismatchError, NotEnoughCellsError
-from llamastate.layout.cursor import byte_view
+from llamastate.layout.cursor import Borrowed
 from llamastate.layout.infer import identify
-from llamastate.layout.schema import MAX_SEQ, KVSchema, Limits, Schema
+from llamastate.layout.schema import MAX_SEQ, KVSchema, Limits, RecurrentSchema, Schema
 from llamastate.layout.walk import Cells, ContextWalk, SequenceWalk, Span, walk_context, walk_sequence
 
 __all__ = ["ContextInfo", "SequenceInfo", "check_run", "check_window", "validate_context", "validate_sequence"]
 
 # HunyuanVL numbers an image's cells one after the other and keeps (row, column) in x and y.
 _FREE_2D_ARCHS = frozenset({"hunyuan_vl"})
+
+_Parts: TypeAlias = "tuple[KVSchema | RecurrentSchema, ...]"
 
 _POS_END = 2**31 - 1  # positions stay below, so that the next one still is an int32
 
@@ -131,7 +133,8 @@ def validate_sequence(
         Not a sequence blob.
     LayoutMismatchError
         A sound blob of another model or another kind of cache; ``field`` is ``"kv_unified"``, ``"flash_attn"``,
-        ``"n_layer"``, ``"type_k"``, ``"row_k"``, … or ``"memory"`` for another set of caches.
+        ``"n_layer"``, ``"type_k"``, ``"row_k"``, …, ``"memory"`` for another set of caches, or ``"cell_ext"`` if only
+        one of both has M-RoPE.
     NotEnoughCellsError
         Sound, but with more cells than the cache has.
     CorruptStateError
@@ -142,33 +145,54 @@ def validate_sequence(
     ``llama_kv_cache::state_read_meta``, ``llama_memory_recurrent::state_read_meta``. Cost: O(cells + layers), tensor
     bytes are neither read nor copied; about 0.1 ms for 2,048 cells in 30 layers.
     """
-    view = byte_view(buf)
-    try:
-        walk = walk_sequence(view, schema, partial=partial, on_device=on_device, header=header)
-        return _check_sequence(walk, schema, limits, partial, first_pos)
-    except CorruptStateError as error:
-        _raise_if_foreign(view, schema, partial, header, error)
-        raise
+    with Borrowed(buf) as view:
+        try:
+            return _check_sequence(
+                walk_sequence(view, schema, partial=partial, on_device=on_device, header=header),
+                schema,
+                limits,
+                partial,
+                first_pos,
+            )
+        except CorruptStateError as error:
+            _raise_if_foreign(view, schema, partial, header, error)
+            raise
 
 
 def _raise_if_foreign(view: memoryview, schema: Schema, partial: bool, header: bool, error: CorruptStateError) -> None:
     """A blob that reads as nonsense may simply be of a model with other caches; then say that instead."""
     parts = identify(view, header=header)
     own = schema.parts_of(partial)
-    # The same parts, or the first few of them: our own layout, damaged or cut off.
-    if parts is None or parts == own[: len(parts)] or own == parts[: len(own)]:
+    if parts is None or _may_be_cut_off(parts, own):
         return
-    found = "+".join(p.name for p in parts)
-    expected = "+".join(p.name for p in own)
-    if found == expected:
-        return
+    expected: Any
+    found: Any
+    field, expected, found = "memory", "+".join(p.name for p in own), "+".join(p.name for p in parts)
+    if expected == found:
+        field, expected, found = "cell_ext", _has_ext(own), _has_ext(parts)
     raise LayoutMismatchError(
-        f"the state is of another kind of memory ({found}, where this context has {expected})",
-        field="memory",
+        f"the state is of another kind of memory: {field} is {found}, this context has {expected}",
+        field=field,
         expected=expected,
         found=found,
         offset=error.offset,
     ) from error
+
+
+def _may_be_cut_off(parts: _Parts, own: _Parts) -> bool:
+    """Whether a blob with ``parts`` can be one of ours that lost its end: it may lack parts, and V of the last one."""
+    if len(parts) > len(own):
+        return False
+    for a, b in zip(parts, own, strict=False):
+        if isinstance(a, KVSchema) != isinstance(b, KVSchema):
+            return False
+        if isinstance(a, KVSchema) and isinstance(b, KVSchema) and (a.has_ext, a.k) != (b.has_ext, b.k):
+            return False
+    return True
+
+
+def _has_ext(parts: _Parts) -> bool:
+    return any(p.has_ext for p in parts if isinstance(p, KVSchema))
 
 
 def _check_sequence(walk: SequenceWalk, schema: Schema, limits: Limits, partial: bool, first_pos: int) -> SequenceInfo:
@@ -455,8 +479,11 @@ def validate_context(buf: object, schema: Schema, limits: Limits) -> ContextInfo
     ``llama_context::state_read_data``. Cost: O(n log n) in cells; cells shared unevenly between sequences cost about
     0.2 µs each on top.
     """
-    view = byte_view(buf)
-    walk = walk_context(view, schema)
+    with Borrowed(buf) as view:
+        return _check_context(walk_context(view, schema), schema, limits)
+
+
+def _check_context(walk: ContextWalk, schema: Schema, limits: Limits) -> ContextInfo:
     rules = _Rules.of(schema)
     base: dict[int, NDArray[np.int32]] | None = None
     window: dict[int, NDArray[np.int32]] | None = None

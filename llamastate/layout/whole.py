@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llamastate.errors import InvalidSequenceError
-from llamastate.layout.cursor import Writer, byte_view, writable_bytes
+from llamastate.layout.cursor import Borrowed, Writer, writable_bytes
 from llamastate.layout.schema import MAX_SEQ, KVSchema, RecurrentSchema, Schema
 from llamastate.layout.structure import Part, SequenceState, empty_part, make_part, tensor_views
 from llamastate.layout.walk import Cells, walk_context
@@ -202,7 +202,11 @@ def parse_context(buf: object, schema: Schema) -> ContextState:
     LoadError
         As :func:`~llamastate.layout.walk.walk_context`; positions and sequence ids are not looked at.
     """
-    view = byte_view(buf)
+    with Borrowed(buf) as view:
+        return _parse(view, schema)
+
+
+def _parse(view: memoryview, schema: Schema) -> ContextState:
     walk = walk_context(view, schema)
     data = np.frombuffer(view, np.uint8)
     parts = tuple(
