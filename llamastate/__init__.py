@@ -34,8 +34,8 @@ __all__ = [
     "__version__",
     "errors",
     "native_version",
-    *errors.__all__,
 ]
+__all__ += errors.__all__
 
 
 def native_version() -> dict[str, str]:

@@ -1,8 +1,8 @@
 """Borrowing the context of a ``llama_cpp.Llama``.
 
-The object belongs to llama-cpp-python, which knows nothing of locks. As long as an attachment lives, the methods through
-which a ``Llama`` reaches its context take the attachment's lock; and what they do to the context is noted,
-so that nobody reads logits or takes states that it has made invalid. llama-cpp-python itself is never imported here.
+The object belongs to llama-cpp-python, which knows nothing of locks. As long as an attachment lives, the methods
+through which a ``Llama`` reaches its context take the attachment's lock; and what they do to the context is noted, so
+that nobody reads logits or takes states that it has made invalid. llama-cpp-python itself is never imported here.
 """
 
 from __future__ import annotations

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -10,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from llamastate import layout, lifetimes
-from llamastate._native import consts, decode, handles, memory, state
+from llamastate import lifetimes
+from llamastate._native import consts, decode, handles, memory
 from llamastate.arrays import Int32Array, TokensLike, as_index, as_int32
 from llamastate.attach import borrow
 from llamastate.batching import Batch, output_mask
@@ -24,20 +23,17 @@ from llamastate.errors import (
     LlamaStateError,
     NoKVSlotError,
 )
-from llamastate.exactness import can_trim
 from llamastate.model import Model
-from llamastate.state import StateAPI
+from llamastate.params import I32, all_cores, bounded, choice, rope_params
+from llamastate.sequences import SequenceAPI
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 __all__ = ["Context"]
 
-_U32 = 2**32 - 1
-_I32 = 2**31 - 1
 
-
-class Context(StateAPI):
+class Context(SequenceAPI):
     """The memory of a model (``llama_context``): what has been decoded, by sequence.
 
     Parameters
@@ -111,26 +107,26 @@ yarn_beta_slow, yarn_orig_ctx
         on_busy: str = "wait",
         **rope: Any,
     ) -> None:
-        threads = n_threads if n_threads is not None else _all_cores()
+        threads = n_threads if n_threads is not None else all_cores()
         params: dict[str, Any] = {
-            "n_ctx": _bounded("n_ctx", n_ctx, 0, _I32 - 256),
-            "n_seq_max": _bounded("n_seq_max", n_seq_max, 1, consts.MAX_PARALLEL_SEQUENCES),
-            "n_batch": _bounded("n_batch", n_batch, 1, _I32),
-            "n_ubatch": _bounded("n_ubatch", n_ubatch, 1, _I32),
-            "n_threads": _bounded("n_threads", threads, 1, 512),
-            "n_threads_batch": _bounded("n_threads_batch", n_threads_batch or threads, 1, 512),
+            "n_ctx": bounded("n_ctx", n_ctx, 0, I32 - 256),
+            "n_seq_max": bounded("n_seq_max", n_seq_max, 1, consts.MAX_PARALLEL_SEQUENCES),
+            "n_batch": bounded("n_batch", n_batch, 1, I32),
+            "n_ubatch": bounded("n_ubatch", n_ubatch, 1, I32),
+            "n_threads": bounded("n_threads", threads, 1, 512),
+            "n_threads_batch": bounded("n_threads_batch", n_threads_batch or threads, 1, 512),
             "kv_unified": bool(kv_unified),
-            "flash_attn_type": _choice("flash_attn", flash_attn, consts.FLASH_ATTN),
-            "type_k": _choice("type_k", type_k, consts.CACHE_TYPES),
-            "type_v": _choice("type_v", type_v, consts.CACHE_TYPES),
+            "flash_attn_type": choice("flash_attn", flash_attn, consts.FLASH_ATTN),
+            "type_k": choice("type_k", type_k, consts.CACHE_TYPES),
+            "type_v": choice("type_v", type_v, consts.CACHE_TYPES),
             "swa_full": bool(swa_full),
             "offload_kqv": bool(offload_kqv),
             "op_offload": bool(op_offload),
             "embeddings": bool(embeddings),
-            "pooling_type": _choice("pooling_type", pooling_type, consts.POOLING),
-            **_rope_params(rope),
+            "pooling_type": choice("pooling_type", pooling_type, consts.POOLING),
+            **rope_params(rope),
         }
-        raise_if_busy = _choice("on_busy", on_busy, {"wait": False, "raise": True})
+        raise_if_busy = choice("on_busy", on_busy, {"wait": False, "raise": True})
         if not isinstance(model, Model):
             raise ContextCreateError(f"model is {type(model).__name__}, not a Model", params=params, reason="no model")
         if model._handle.vocab_only:
@@ -170,7 +166,7 @@ yarn_beta_slow, yarn_orig_ctx
         After a restore the ``Llama`` does not know what its context holds: set its ``n_tokens`` and ``input_ids``
         yourself. Closing the attachment leaves the ``Llama`` as it is.
         """
-        raise_if_busy = _choice("on_busy", on_busy, {"wait": False, "raise": True})
+        raise_if_busy = choice("on_busy", on_busy, {"wait": False, "raise": True})
         self = cls.__new__(cls)
         self._handle, self._params = borrow(llm, raise_if_busy=raise_if_busy)
         self._owner = llm
@@ -225,19 +221,14 @@ yarn_beta_slow, yarn_orig_ctx
         return self._handle.n_ubatch
 
     @property
-    def n_seq_max(self) -> int:
-        """Number of sequences (``llama_n_seq_max``)."""
-        return self._handle.n_seq_max
-
-    @property
     def n_threads(self) -> int:
         """Threads that compute one token (``llama_n_threads``)."""
         return self._handle.n_threads
 
     def set_n_threads(self, n_threads: int, n_threads_batch: int | None = None) -> None:
         """Change the number of threads, for one token and for many (``llama_set_n_threads``)."""
-        one = _bounded("n_threads", n_threads, 1, 512)
-        many = one if n_threads_batch is None else _bounded("n_threads_batch", n_threads_batch, 1, 512)
+        one = bounded("n_threads", n_threads, 1, 512)
+        many = one if n_threads_batch is None else bounded("n_threads_batch", n_threads_batch, 1, 512)
         self._handle.set_n_threads(one, many)
 
     # --- decoding -----------------------------------------------------------------------------------------------------
@@ -283,14 +274,12 @@ yarn_beta_slow, yarn_orig_ctx
         with self._handle as handle:
             seq = as_index(seq_id, "seq_id", InvalidSequenceError)
             start = memory.seq_pos_max(handle, seq) + 1 if pos is None else as_index(pos, "pos", InvalidPositionError)
-            if not 0 <= start <= _I32 - n:
+            if not 0 <= start <= I32 - n:
                 raise InvalidBatchError(
                     f"invalid batch: position {start}", code=-1, n_tokens=n, reason="position", index=0, value=start
                 )
             positions = np.arange(start, start + n, dtype=np.int32)
-            return self._decode(
-                ids, positions, np.ones(n, np.int32), np.full(n, seq, np.int32), output_mask(logits, n)
-            )
+            return self._decode(ids, positions, np.ones(n, np.int32), np.full(n, seq, np.int32), output_mask(logits, n))
 
     def decode_batch(self, batch: Batch) -> int:
         """Feed a batch of several sequences (``llama_decode``).
@@ -343,7 +332,7 @@ yarn_beta_slow, yarn_orig_ctx
         """
         ids = as_int32(tokens, "tokens")
         mask = output_mask(logits, len(ids))
-        size = self.n_batch if chunk is None else _bounded("chunk", chunk, 1, self.n_batch)
+        size = self.n_batch if chunk is None else bounded("chunk", chunk, 1, self.n_batch)
         with self._handle as handle:
             start = memory.seq_pos_max(handle, seq_id) + 1
             if start + len(ids) > self.n_ctx_seq and self.model.memory_kind != "recurrent":
@@ -414,7 +403,9 @@ yarn_beta_slow, yarn_orig_ctx
         """
         index = as_index(i, "i", LlamaStateError)
         if not copy and not self._handle.borrowed:
-            return np.frombuffer(decode.LogitsView(self._handle, index), np.float32)
+            view: Any = decode.LogitsView(self._handle, index)  # NumPy's types know no buffers but the builtin ones
+            row: npt.NDArray[np.float32] = np.frombuffer(view, np.float32)
+            return row
         out = np.empty(self._handle.n_vocab, np.float32)
         decode.logits_into(self._handle, index, out)
         return out
@@ -442,243 +433,3 @@ yarn_beta_slow, yarn_orig_ctx
         out = np.empty(self.model._facts["n_cls_out"] if rank else self._handle.n_embd_out, np.float32)
         decode.embeddings_seq_into(self._handle, seq_id, out)
         return out
-
-    # --- sequences ----------------------------------------------------------------------------------------------------
-
-    def seq_pos_min(self, seq_id: int) -> int:
-        """Smallest position in a sequence's memory, -1 if empty (``llama_memory_seq_pos_min``).
-
-        With a sliding window it is the window's, so it grows as the window moves on.
-        """
-        return memory.seq_pos_min(self._handle, seq_id)
-
-    def seq_pos_max(self, seq_id: int) -> int:
-        """Largest position in a sequence's memory, -1 if empty (``llama_memory_seq_pos_max``)."""
-        return memory.seq_pos_max(self._handle, seq_id)
-
-    def seq_rm(self, seq_id: int, p0: int = -1, p1: int = -1) -> bool:
-        """Remove positions ``[p0, p1)`` from a sequence (``llama_memory_seq_rm``).
-
-        Parameters
-        ----------
-        seq_id : int
-        p0, p1 : int
-            Negative means from the beginning, to the end.
-
-        Returns
-        -------
-        bool
-            False if what remains would not be exact; nothing has changed then. llama.cpp says true when a sliding
-            window no longer reaches back far enough; this does not.
-
-        Notes
-        -----
-        Removing everything always works. Recurrent and hybrid models can remove nothing less. O(cells), no bytes
-        copied.
-        """
-        with self._handle as handle:
-            low, high = self._span(seq_id)
-            to_end = p1 < 0 or p1 > high
-            if p0 <= 0 and to_end:
-                handle.forget_outputs(seq_id)
-                return memory.seq_rm(handle, seq_id, -1, -1)
-            if p0 > high or 0 <= p1 <= max(p0, 0):
-                return True  # nothing there to remove
-            if to_end:
-                exact = can_trim(self.model.memory_kind, self.model.n_swa, low, high, p0)
-            else:
-                exact = self.model.memory_kind in ("attention", "iswa")
-            if not exact:
-                return False
-            handle.forget_outputs(seq_id)
-            return memory.seq_rm(handle, seq_id, p0, p1)
-
-    def seq_cp(self, src: int, dst: int, p0: int = -1, p1: int = -1) -> None:
-        """Make ``dst`` a copy of ``src``, or of its positions ``[p0, p1)`` (``llama_memory_seq_cp``).
-
-        Parameters
-        ----------
-        src, dst : int
-        p0, p1 : int
-            Negative means from the beginning, to the end. A whole copy replaces ``dst``; a part replaces what ``dst``
-            has at those positions.
-
-        Raises
-        ------
-        InvalidPositionError
-            A part that cannot be copied exactly: of a recurrent state, of a window that no longer reaches that far, or
-            (when the cache is not unified) one that does not begin at 0.
-
-        Notes
-        -----
-        In a unified cache both share the cells: nothing is copied. Otherwise every byte is copied at once; llama.cpp
-        would put that off to the next decode, and states taken meanwhile would be wrong.
-        """
-        with self._handle as handle:
-            low, high = self._span(src)
-            self._span(dst)
-            if src == dst:
-                return
-            whole = p0 <= 0 and (p1 < 0 or p1 > high)
-            kind = self.model.memory_kind
-            if not whole and not self._can_copy_part(low, high, p0, p1):
-                raise InvalidPositionError(
-                    f"positions [{p0}, {p1}) of sequence {src} cannot be copied exactly", reason=kind, value=(p0, p1), limit=high
-                )
-            handle.forget_outputs(dst)
-            if self._params.get("kv_unified") or kind == "recurrent":
-                memory.seq_rm(handle, dst, *((-1, -1) if whole else (p0, p1)))
-                memory.seq_cp(handle, src, dst, p0, p1)
-                return
-            self._refuse_pending("seq_cp")
-            memory.seq_rm(handle, dst, -1, -1)
-            if high < 0:
-                return
-            blob = np.empty(state.seq_get_size(handle, src, 0), np.uint8)
-            state.seq_get_data_into(handle, blob, src, 0)
-            if not whole:
-                blob = np.frombuffer(layout.parse_sequence(blob.data, self.schema).slice(0, p1).to_bytes(), np.uint8)
-            state.seq_set_data(handle, blob, dst, 0)
-
-    def _can_copy_part(self, low: int, high: int, p0: int, p1: int) -> bool:
-        kind = self.model.memory_kind
-        if kind == "attention":
-            return bool(self._params.get("kv_unified")) or p0 <= 0
-        if kind == "iswa":
-            return bool(self._params.get("kv_unified")) and p0 <= 0 and can_trim(kind, self.model.n_swa, low, high, p1)
-        return False
-
-    def seq_keep(self, seq_id: int) -> None:
-        """Empty every other sequence (``llama_memory_seq_keep``)."""
-        with self._handle as handle:
-            self._span(seq_id)
-            handle.forget_outputs(keep=seq_id)
-            for seq in range(handle.n_seq_max):
-                if seq != seq_id:
-                    # one by one: llama.cpp's own function keeps whatever lies in another stream
-                    memory.seq_rm(handle, seq, -1, -1)
-
-    def seq_add(self, seq_id: int, p0: int, p1: int, delta: int) -> None:
-        """Move positions ``[p0, p1)`` by ``delta`` (``llama_memory_seq_add``).
-
-        Parameters
-        ----------
-        seq_id : int
-        p0, p1 : int
-            Negative means from the beginning, to the end.
-        delta : int
-            No position may become negative.
-
-        Raises
-        ------
-        InvalidPositionError
-            A position would become negative or leave 32 bits, or this model's positions cannot be moved.
-
-        Notes
-        -----
-        The keys are rotated at the next decode; until then the sequence's state cannot be taken
-        (:class:`PendingUpdateError`). What comes of it is an approximation by nature: no decode from scratch would
-        give the same. Cells that the sequence shares with others are copied first.
-        """
-        with self._handle as handle:
-            low, high = self._movable(seq_id, p0, p1)
-            if high >= low and not (0 <= low + delta and high + delta <= _I32):
-                raise InvalidPositionError(
-                    f"moving [{low}, {high}] by {delta} leaves [0, {_I32}]", reason="out of range", value=delta, limit=-low
-                )
-            if high >= low and delta:
-                self._unshare(seq_id)
-                handle.forget_outputs(seq_id)
-                memory.seq_add(handle, seq_id, p0, p1, delta)
-
-    def seq_div(self, seq_id: int, p0: int, p1: int, d: int) -> None:
-        """Divide positions ``[p0, p1)`` by ``d`` (``llama_memory_seq_div``); as :meth:`seq_add` in all else.
-
-        Parameters
-        ----------
-        seq_id : int
-        p0, p1 : int
-        d : int
-            At least 1.
-        """
-        if not 1 <= as_index(d, "d", InvalidPositionError) <= _I32:
-            raise InvalidPositionError(f"positions cannot be divided by {d}", reason="divisor", value=d, limit=1)
-        with self._handle as handle:
-            low, high = self._movable(seq_id, p0, p1)
-            if high >= low and d > 1:
-                self._unshare(seq_id)
-                handle.forget_outputs(seq_id)
-                memory.seq_div(handle, seq_id, p0, p1, d)
-
-    def _movable(self, seq_id: int, p0: int, p1: int) -> tuple[int, int]:
-        """Return the smallest and largest position of a range that is there, or refuse a model that cannot shift."""
-        low, high = self._span(seq_id)
-        if self._handle.m_rope or not memory.can_shift(self._handle):
-            raise InvalidPositionError("this model's positions cannot be moved", reason="no shift", value=(p0, p1))
-        return max(0 if self.model.memory_kind == "iswa" else low, p0), high if p1 < 0 else min(high, p1 - 1)
-
-    def _unshare(self, seq_id: int) -> None:
-        """Give a sequence cells of its own. Moving the position of a shared cell would move the others' too."""
-        if not self._handle.shared_cells or not self._params.get("kv_unified") or self.n_seq_max == 1:
-            return
-        self._refuse_pending("seq_add")
-        self.state_seq_set_data(self.state_seq_get_data(seq_id), seq_id)
-
-    def clear(self, *, data: bool = True) -> None:
-        """Empty every sequence (``llama_memory_clear``); with ``data``, the tensors are zeroed too."""
-        with self._handle as handle:
-            handle.forget_outputs()
-            memory.clear(handle, data)
-
-
-def _all_cores() -> int:
-    # as many as this process may use, which in a container is fewer than the machine has
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _bounded(name: str, value: Any, low: int, high: int) -> int:
-    number = as_index(value, name, ContextCreateError)
-    if not low <= number <= high:
-        raise ContextCreateError(f"{name} = {number} is not in [{low}, {high}]", params={name: value}, reason=name)
-    return number
-
-
-def _choice(name: str, value: Any, choices: dict[str, Any]) -> Any:
-    try:
-        return choices[value]
-    except (KeyError, TypeError):
-        raise ContextCreateError(
-            f"{name} = {value!r} is not one of {', '.join(map(repr, choices))}", params={name: value}, reason=name
-        ) from None
-
-
-def _rope_params(given: dict[str, Any]) -> dict[str, Any]:
-    """Check the positional-encoding parameters that were given; all others stay llama.cpp's."""
-    params: dict[str, Any] = {}
-    for name, value in given.items():
-        if name == "rope_scaling_type":
-            params[name] = _choice(name, value, consts.ROPE_SCALING)
-        elif name == "yarn_orig_ctx":
-            params[name] = _bounded(name, value, 0, _U32)
-        elif name in _ROPE_FLOATS:
-            try:
-                params[name] = float(value)
-            except (TypeError, ValueError):
-                raise ContextCreateError(f"{name} = {value!r} is no number", params={name: value}, reason=name) from None
-            if not np.isfinite(params[name]):
-                raise ContextCreateError(f"{name} = {value!r} is not finite", params={name: value}, reason=name)
-        else:
-            raise TypeError(f"Context() got an unexpected keyword argument {name!r}")
-    return params
-
-
-_ROPE_FLOATS = frozenset(
-    {
-        "rope_freq_base",
-        "rope_freq_scale",
-        "yarn_ext_factor",
-        "yarn_attn_factor",
-        "yarn_beta_fast",
-        "yarn_beta_slow",
-    }
-)

@@ -7,7 +7,7 @@ import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -90,7 +90,7 @@ class SamplingParams:
         return self.temperature == 0
 
 
-def _within(name: str, value: float, low: float, high: float, *, open_low: bool = False) -> None:
+def _within(name: str, value: Any, low: float, high: float, *, open_low: bool = False) -> None:
     """Refuse a parameter outside ``[low, high]`` (``(low, high]``); infinities are never numbers to compute with."""
     inside = isinstance(value, (int, float)) and math.isfinite(value) and low <= value <= high
     if not inside or (open_low and value == low):
@@ -228,7 +228,9 @@ class Sampler:
 def _bias_arrays(bias: Mapping[int, float], n_vocab: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
     for token, value in bias.items():
         if not 0 <= as_index(token, "logit_bias token", SamplerError) < n_vocab:
-            raise SamplerError(f"logit_bias: token id {token} is not in [0, {n_vocab})", parameter="logit_bias", value=token)
+            raise SamplerError(
+                f"logit_bias: token id {token} is not in [0, {n_vocab})", parameter="logit_bias", value=token
+            )
         if math.isnan(value) or value == math.inf:
             raise SamplerError(f"logit_bias: {value} for token {token}", parameter="logit_bias", value=value)
     return np.fromiter(bias.keys(), np.int32, len(bias)), np.fromiter(bias.values(), np.float32, len(bias))

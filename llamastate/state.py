@@ -15,7 +15,6 @@ leaves a sequence half overwritten when it refuses one:
 from __future__ import annotations
 
 import hashlib
-import mmap
 import os
 import struct
 from typing import TYPE_CHECKING, Any
@@ -26,19 +25,16 @@ import numpy.typing as npt
 from llamastate import layout
 from llamastate._native import log, memory, state
 from llamastate.arrays import Int32Array, TokensLike, as_bytes_view, as_tokens
-from llamastate.atomic import write_atomically
 from llamastate.errors import (
     CorruptStateError,
-    FileAccessError,
     LoadError,
     NotEnoughCellsError,
     OnDeviceStateError,
     PendingUpdateError,
-    SaveError,
-    StateFileNotFoundError,
 )
 from llamastate.flags import SeqFlags
 from llamastate.probe import context_limits, context_schema
+from llamastate.statefiles import MappedFile, naming, save
 
 if TYPE_CHECKING:
     from llamastate._native.handles import ContextHandle
@@ -185,7 +181,7 @@ class StateAPI:
             out = np.empty(len(header) + state.get_size(handle), np.uint8)
             out[: len(header)] = np.frombuffer(header, np.uint8)
             state.get_data_into(handle, out[len(header) :])
-        return _save(path, out)
+        return save(path, out)
 
     def state_load_file(self, path: str | os.PathLike[str], *, max_tokens: int | None = None) -> Int32Array:
         """Replace the whole context's state by a file's (``llama_state_load_file``).
@@ -208,7 +204,7 @@ class StateAPI:
             One of its subclasses says why (:class:`StateFileNotFoundError`, :class:`InsufficientMaxTokensError`, ...);
             the context is as it was.
         """
-        with _Mapped(path) as file, self._loading(path):
+        with MappedFile(path) as file, naming(path):
             head = layout.read_header(file.view, kind="context", max_tokens=max_tokens)
             tokens = self._file_tokens(head)
             with file.view[head.state_offset :] as blob:
@@ -348,7 +344,7 @@ class StateAPI:
             out = np.empty(start + state.seq_get_size(handle, seq_id, 0), np.uint8)
             state.seq_get_data_into(handle, out[start:], seq_id, 0)
         out[: len(header)] = np.frombuffer(header, np.uint8)
-        return _save(path, out)
+        return save(path, out)
 
     def state_seq_load_file(
         self, path: str | os.PathLike[str], dest_seq_id: int, *, max_tokens: int | None = None
@@ -381,7 +377,7 @@ class StateAPI:
         The file is mapped, not read: bytes go from the page cache to llama.cpp. Whoever cuts a file short in place
         while it is being loaded kills the process, as with any mapped file; replace files instead of rewriting them.
         """
-        with _Mapped(path) as file, self._loading(path):
+        with MappedFile(path) as file, naming(path):
             head = layout.read_header(file.view, kind="sequence", max_tokens=max_tokens)
             tokens = self._file_tokens(head)
             # llama.cpp takes the in-memory form only: put its header into our private copy of the page, over the end
@@ -471,7 +467,10 @@ class StateAPI:
         free = max(0, self.limits.base_cells - self._cells_of_others(dest))
         if info.n_cells > free or "find" in problem or "not enough" in problem:
             raise NotEnoughCellsError(
-                f"the state takes {info.n_cells} cells, {free} are free", reason=problem, needed=info.n_cells, available=free
+                f"the state takes {info.n_cells} cells, {free} are free",
+                reason=problem,
+                needed=info.n_cells,
+                available=free,
             )
         raise LoadError(f"llama.cpp refused the state: {problem}", reason=problem)
 
@@ -503,60 +502,6 @@ class StateAPI:
                 section="tokens",
             )
         return tokens
-
-    @staticmethod
-    def _loading(path: str | os.PathLike[str]) -> _NamePath:
-        return _NamePath(path)
-
-
-class _NamePath:
-    """Names the file in load errors that come from below, where there are only bytes."""
-
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = os.fspath(path)
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, LoadError) and error.path is None:
-            error.path = self.path
-
-
-class _Mapped:
-    """A file's bytes, mapped privately: writing to the view changes our copy of the page, never the file."""
-
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        name = os.fspath(path)
-        self._map: mmap.mmap | None = None
-        try:
-            with open(name, "rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                if size:
-                    self._map = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)
-        except (OSError, ValueError) as error:
-            code = getattr(error, "errno", None)
-            reason = getattr(error, "strerror", None) or str(error)
-            cls = StateFileNotFoundError if isinstance(error, FileNotFoundError) else FileAccessError
-            raise cls(f"cannot read {name!r}: {reason}", path=name, reason=reason, code=code) from None
-        self.view = memoryview(self._map if self._map is not None else b"")
-
-    def __enter__(self) -> _Mapped:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.view.release()
-        if self._map is not None:
-            self._map.close()
-
-
-def _save(path: str | os.PathLike[str], data: npt.NDArray[np.uint8]) -> int:
-    name = os.fspath(path)
-    try:
-        return write_atomically(name, [data.data])
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise SaveError(f"cannot write {name!r}: {reason}", path=name, reason=reason) from error
 
 
 def _digest(view: memoryview) -> bytes:

@@ -1,0 +1,69 @@
+"""State files on disk: mapped for reading, replaced atomically for writing, every failure typed."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import mmap
+import os
+import stat
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+
+from llamastate.atomic import write_atomically
+from llamastate.errors import FileAccessError, LoadError, SaveError, StateFileNotFoundError
+
+__all__ = ["MappedFile", "naming", "save"]
+
+
+@contextlib.contextmanager
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Name the file in load errors that come from below, where there are only bytes."""
+    try:
+        yield
+    except LoadError as error:
+        if error.path is None:
+            error.path = os.fsdecode(path)
+        raise
+
+
+class MappedFile:
+    """A file's bytes, mapped privately: writing to the view changes our copy of the page, never the file."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        name = os.fsdecode(path)
+        self._map: mmap.mmap | None = None
+        try:
+            if not stat.S_ISREG(os.stat(name).st_mode):
+                # opening a pipe would wait for its writer, and nothing but a file can be mapped
+                raise OSError(errno.EINVAL, "Not a regular file", name)
+            with open(name, "rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                if size:
+                    self._map = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)
+        except (OSError, ValueError) as error:
+            code = getattr(error, "errno", None)
+            reason = getattr(error, "strerror", None) or str(error)
+            cls = StateFileNotFoundError if isinstance(error, FileNotFoundError) else FileAccessError
+            raise cls(f"cannot read {name!r}: {reason}", path=name, reason=reason, code=code) from None
+        self.view = memoryview(self._map if self._map is not None else b"")
+
+    def __enter__(self) -> MappedFile:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.view.release()
+        if self._map is not None:
+            self._map.close()
+
+
+def save(path: str | os.PathLike[str], data: npt.NDArray[np.uint8]) -> int:
+    """Replace a file by ``data``, atomically and durably; the number of bytes, or :class:`SaveError`."""
+    name = os.fsdecode(path)
+    try:
+        return write_atomically(name, [data.data])
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise SaveError(f"cannot write {name!r}: {reason}", path=name, reason=reason) from error
