@@ -31,17 +31,18 @@ need not be the order of their positions.
 `schema`           what is fixed for one model in one context; tables of the headers to expect
 `infer`            learning a schema from one small blob
 `walk`             where everything is; the one pass over a blob that the two below share
+`positions`        what the positions of a sequence must be like
 `validate`         whether a blob may be restored
 `structure`        one sequence as arrays, without copying; slice, convert, write
-`compose`          joining pieces of a sequence
+`pieces`           joining pieces of a sequence
 `whole`            a whole context as arrays; take one sequence out of it
 `files`            the front of session files
 =================  ====================================================================================================
 """
 
-from llamastate.layout.compose import compose
 from llamastate.layout.files import MAGIC, VERSION, FileHeader, header_bytes, read_header
 from llamastate.layout.infer import infer_schema
+from llamastate.layout.pieces import compose
 from llamastate.layout.schema import KVSchema, Limits, RecurrentSchema, Schema, Tensor
 from llamastate.layout.structure import (
     KVPart,

@@ -84,9 +84,10 @@ class KVPart:
         return np.argsort(keys, kind="stable") if (np.diff(keys) < 0).any() else None
 
     @cached_property
-    def sorted_pos(self) -> NDArray[np.int32]:
-        """The positions, ascending: ``int32[n]``. Computed once."""
-        return self.pos.copy() if self.order is None else self.pos[self.order]
+    def sorted_pos(self) -> NDArray[np.int64]:
+        """The positions, ascending: ``int64[n]``. Computed once."""
+        # As wide as the Python integers they are searched for, or each search would convert them all.
+        return (self.pos if self.order is None else self.pos[self.order]).astype(np.int64)
 
     def take(self, rows: Rows) -> KVPart:
         """Some of the cells. Views if ``rows`` is a slice, copies if it is an index array."""

@@ -1,7 +1,8 @@
 """Refusing every blob that llama.cpp would accept and be wrong with, abort on, or half restore.
 
 llama.cpp checks types and sizes while it already writes into the cache, and hardly anything else. So everything is
-checked here first: the structure by :mod:`llamastate.layout.walk`, the meaning of positions and sequence ids below.
+checked here first: the structure by :mod:`llamastate.layout.walk`, positions by :mod:`llamastate.layout.positions`,
+sequence ids and how the parts agree below.
 
 What no check of the bytes alone can see, because the changed blob is as sound as the original: tensor contents; the
 position of a recurrent-only blob or of a single cell; a cell at one end of the positions moved to just behind the
@@ -13,7 +14,7 @@ Checksums (in files) and the caller's own record of positions cover those.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple, NoReturn, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,17 +22,13 @@ from numpy.typing import NDArray
 from llamastate.errors import CorruptStateError, LayoutMismatchError, NotEnoughCellsError
 from llamastate.layout.cursor import Borrowed
 from llamastate.layout.infer import identify
+from llamastate.layout.positions import POS_END, Rules, check_window, fail, loose_positions, run_positions
 from llamastate.layout.schema import MAX_SEQ, KVSchema, Limits, RecurrentSchema, Schema
 from llamastate.layout.walk import Cells, ContextWalk, SequenceWalk, Span, walk_context, walk_sequence
 
-__all__ = ["ContextInfo", "SequenceInfo", "check_run", "check_window", "validate_context", "validate_sequence"]
-
-# HunyuanVL numbers an image's cells one after the other and keeps (row, column) in x and y.
-_FREE_2D_ARCHS = frozenset({"hunyuan_vl"})
+__all__ = ["ContextInfo", "SequenceInfo", "validate_context", "validate_sequence"]
 
 _Parts: TypeAlias = "tuple[KVSchema | RecurrentSchema, ...]"
-
-_POS_END = 2**31 - 1  # positions stay below, so that the next one still is an int32
 
 
 class SequenceInfo(NamedTuple):
@@ -202,7 +199,7 @@ def _check_sequence(walk: SequenceWalk, schema: Schema, limits: Limits, partial:
     recurrent = -1
     n_base = n_window = 0
     filled: list[bool] = []
-    rules = _Rules.of(schema)
+    rules = Rules.of(schema)
     for part, span in zip(schema.parts_of(partial), walk.spans, strict=True):
         cells = span.cells if span is not None else None
         filled.append(cells is not None and len(cells.pos) > 0)
@@ -212,23 +209,23 @@ def _check_sequence(walk: SequenceWalk, schema: Schema, limits: Limits, partial:
             recurrent = _one_pos(cells)
             continue
         seq_id = _one_owner(span, seq_id, part)
-        pos = _positions(cells.pos, cells.ext, cells.at, limits.n_vocab, rules, f"{part.name}.cells")
+        pos = run_positions(cells.pos, cells.ext, cells.at, limits.n_vocab, rules, f"{part.name}.cells")
         if part.role == "base":
             base, n_base = pos, len(pos)
         else:
             window, n_window = pos, len(pos)
         _fits(span, limits)
     if seq_id is not None and schema.n_stream > 1 and seq_id >= schema.n_stream:
-        _fail("header.seq_id", f"sequence {seq_id} of a context with {schema.n_stream} streams", 4)
+        fail("header.seq_id", f"sequence {seq_id} of a context with {schema.n_stream} streams", 4)
     start = {part.name: at for part, at in zip(schema.parts_of(partial), walk.starts, strict=True)}
     if any(filled) and not all(filled):
         empty = next(p.name for p, f in zip(schema.parts_of(partial), filled, strict=True) if not f)
-        _fail(f"{empty}.n_cells", "no cells, although other parts of the sequence have some", start[empty])
+        fail(f"{empty}.n_cells", "no cells, although other parts of the sequence have some", start[empty])
     if window is not None:
         check_window(schema, base, window, first_pos, start["window"])
     attention_max = int(base[-1]) if base is not None else int(window[-1]) if window is not None else -1
     if recurrent >= 0 and attention_max >= 0 and recurrent != attention_max:
-        _fail(
+        fail(
             "recurrent.cells",
             f"the recurrent state is at position {recurrent}, the attention cache at {attention_max}",
             start["recurrent"],
@@ -251,8 +248,8 @@ def _check_sequence(walk: SequenceWalk, schema: Schema, limits: Limits, partial:
 def _one_pos(cells: Cells) -> int:
     """The position of a sequence's recurrent cell."""
     pos = int(cells.pos[0])
-    if not 0 <= pos < _POS_END:
-        _fail("recurrent.cells", f"position {pos}", cells.at)
+    if not 0 <= pos < POS_END:
+        fail("recurrent.cells", f"position {pos}", cells.at)
     return pos
 
 
@@ -264,11 +261,11 @@ def _one_owner(span: Span, seq_id: int | None, part: KVSchema) -> int:
     wrong = ids != want
     if wrong.any():
         i = int(wrong.argmax())
-        _fail(section, f"cell {i} is of sequence {int(ids[i])}, not {want}", span.cells.where(i))
+        fail(section, f"cell {i} is of sequence {int(ids[i])}, not {want}", span.cells.where(i))
     if not 0 <= want < MAX_SEQ:
-        _fail(section, f"sequence id {want} is not in [0, {MAX_SEQ})", span.cells.at)
+        fail(section, f"sequence id {want} is not in [0, {MAX_SEQ})", span.cells.at)
     if part.n_stream > 1 and want != span.stream:
-        _fail(f"{part.name}.n_cells", f"sequence {want} lies in stream {span.stream}, not its own", span.cells.at - 4)
+        fail(f"{part.name}.n_cells", f"sequence {want} lies in stream {span.stream}, not its own", span.cells.at - 4)
     return want
 
 
@@ -284,168 +281,6 @@ def _fits(span: Span, limits: Limits) -> None:
             needed=span.n_cells,
             available=available,
             reason=f"{name} cells",
-        )
-
-
-class _Rules(NamedTuple):
-    """How positions and cell extras hang together: rectangles (M-RoPE images), or plain runs."""
-
-    rectangles: bool
-    ext_is_zero: bool
-
-    @classmethod
-    def of(cls, schema: Schema) -> _Rules:
-        free = schema.arch in _FREE_2D_ARCHS
-        return cls(rectangles=schema.m_rope and not free, ext_is_zero=not schema.m_rope and not free)
-
-
-def _positions(
-    pos: NDArray[np.int32],
-    ext: NDArray[np.int32] | None,
-    offset: int | None,
-    n_vocab: int | None,
-    rules: _Rules,
-    section: str,
-) -> NDArray[np.int32]:
-    """One sequence's positions in one cache, sorted: ``int32[n]``.
-
-    They are whole runs without gap or double. With M-RoPE the cells of an image share one position and form a rectangle
-    of x and y, after which the next position is free.
-    """
-    if ext is not None:
-        _extras(ext, offset, n_vocab, rules, section)
-        if rules.rectangles and not bool((ext[:, :2] == pos[:, None]).all()):
-            return _rectangles(pos, ext, offset, section)
-    # Nearly always the cells come in order, and then this is all.
-    low = int(pos[0])
-    if low >= 0 and low + len(pos) <= _POS_END and np.array_equal(pos, np.arange(low, low + len(pos), dtype=np.int32)):
-        return pos
-    ordered = np.sort(pos)
-    if int(ordered[0]) < 0:
-        i = int((pos < 0).argmax())
-        _fail(section, f"cell {i} has position {int(pos[i])}", offset)
-    if int(ordered[-1]) >= _POS_END:
-        _fail(section, f"position {int(ordered[-1])} leaves no room for the next", offset)
-    step = np.diff(ordered)
-    if (step != 1).any():
-        i = int((step != 1).argmax())
-        here, there = int(ordered[i]), int(ordered[i + 1])
-        what = f"position {here} comes twice" if here == there else f"positions {here + 1} to {there - 1} are missing"
-        _fail(section, what, offset)
-    return ordered
-
-
-def _extras(
-    ext: NDArray[np.int32],
-    offset: int | None,
-    n_vocab: int | None,
-    rules: _Rules,
-    section: str,
-) -> None:
-    """x, y and token of each cell are in range."""
-    tokens = ext[:, 2]
-    if n_vocab is not None:
-        bad = (tokens < -1) | (tokens >= n_vocab)
-        if bad.any():
-            _fail(section, f"token {int(tokens[int(bad.argmax())])} is not in [-1, {n_vocab})", offset)
-    if rules.ext_is_zero and ext[:, :2].any():
-        _fail(section, "2-D positions in the cells of a model that has none", offset)
-    if int(ext[:, :2].min()) < 0:
-        _fail(section, "a negative 2-D position", offset)
-
-
-def _rectangles(pos: NDArray[np.int32], ext: NDArray[np.int32], offset: int | None, section: str) -> NDArray[np.int32]:
-    """Positions of a sequence with images: groups of cells of one position, each a full rectangle."""
-    order = np.lexsort((ext[:, 0], ext[:, 1], pos))
-    p = pos[order].astype(np.int64)
-    x = ext[order, 0].astype(np.int64) - p
-    y = ext[order, 1].astype(np.int64) - p
-    if int(p[0]) < 0 or int(p[-1]) >= _POS_END:
-        _fail(section, f"positions {int(p[0])} to {int(p[-1])}", offset)
-    first = np.flatnonzero(np.r_[True, p[1:] != p[:-1]])
-    size = np.diff(np.r_[first, len(p)])
-    # In a rectangle the last cell in (y, x) order has the largest x and y.
-    width = x[first + size - 1] + 1
-    height = y[first + size - 1] + 1
-    group = np.repeat(np.arange(len(first)), size)
-    index = np.arange(len(p)) - first[group]
-    full = (width >= 1) & (height >= 1) & (width * height == size)
-    bad = ~full[group]
-    w = np.maximum(width, 1)[group]
-    bad |= (x != index % w) | (y != index // w)
-    if bad.any():
-        at = int(p[int(bad.argmax())])
-        _fail(section, f"the cells at position {at} form no rectangle that begins there", offset)
-    gap = np.diff(p[first]) != np.maximum(width, height)[:-1]
-    if gap.any():
-        i = int(gap.argmax())
-        _fail(section, f"positions {int(p[first[i]])} and {int(p[first[i + 1]])} do not follow on each other", offset)
-    return np.asarray(p, np.int32)
-
-
-def check_run(schema: Schema, pos: NDArray[np.int32], ext: NDArray[np.int32] | None) -> NDArray[np.int32]:
-    """Check the positions (and 2-D positions) of one sequence's base cache and return them sorted: ``int32[n]``.
-
-    Raises
-    ------
-    CorruptStateError
-        Negative, missing or double positions, or images that form no rectangle.
-    """
-    return _positions(pos, ext, None, None, _Rules.of(schema), "base.cells")
-
-
-def check_window(
-    schema: Schema,
-    base: NDArray[np.int32] | None,
-    window: NDArray[np.int32],
-    first_pos: int = 0,
-    offset: int | None = None,
-    section: str = "window.cells",
-) -> None:
-    """The window cache holds every cell that the next token will look at, and nothing that the base does not.
-
-    llama.cpp restores an incomplete window and then attends to what is left of it.
-
-    Parameters
-    ----------
-    schema : Schema
-        Says how wide the window is and how it slides.
-    base : int32[n] or None
-        Sorted positions of the base cache; None if they are not at hand (``PARTIAL_ONLY``).
-    window : int32[m]
-        Sorted positions of the window cache.
-    first_pos : int
-        Stands for the first of ``base``, when that is None.
-    offset, section : int, str
-        For the error.
-
-    Raises
-    ------
-    CorruptStateError
-        It does not.
-    """
-    if not len(window):
-        _fail(section, "the window is empty", offset)
-    last = int(window[-1])
-    if base is not None:
-        if last != int(base[-1]):
-            _fail(section, f"the window ends at position {last}, the base at {int(base[-1])}", offset)
-        if int(window[0]) < int(base[0]):
-            _fail(section, f"the window begins at {int(window[0])}, before the base at {int(base[0])}", offset)
-    start = schema.window_start(last + 1)
-    if base is None:
-        incomplete = int(window[0]) > max(first_pos, min(start, last))
-    else:
-        # Compared cell by cell, because with images not every position has one.
-        have = window[np.searchsorted(window, start) :]
-        need = base[np.searchsorted(base, start) :]
-        incomplete = not np.array_equal(have, need)
-    if incomplete:
-        _fail(
-            section,
-            f"the window is incomplete: it holds positions {int(window[0])} to {last} and the next token needs all "
-            f"from {start}",
-            offset,
         )
 
 
@@ -484,7 +319,7 @@ def validate_context(buf: object, schema: Schema, limits: Limits) -> ContextInfo
 
 
 def _check_context(walk: ContextWalk, schema: Schema, limits: Limits) -> ContextInfo:
-    rules = _Rules.of(schema)
+    rules = Rules.of(schema)
     base: dict[int, NDArray[np.int32]] | None = None
     window: dict[int, NDArray[np.int32]] | None = None
     recurrent: dict[int, int] | None = None
@@ -497,9 +332,11 @@ def _check_context(walk: ContextWalk, schema: Schema, limits: Limits) -> Context
                 pos, ext = span.cells.pos[rows], span.cells.ext[rows] if span.cells.ext is not None else None
                 if part.name == "base":
                     section = f"base.cells of sequence {seq_id}"
-                    positions[seq_id] = _positions(pos, ext, span.cells.at, limits.n_vocab, rules, section)
+                    positions[seq_id] = run_positions(pos, ext, span.cells.at, limits.n_vocab, rules, section)
                 else:
-                    positions[seq_id] = _loose_positions(pos, ext, span.cells, limits.n_vocab, rules, part.name, seq_id)
+                    positions[seq_id] = loose_positions(
+                        pos, ext, span.cells.at, limits.n_vocab, rules, part.name, seq_id
+                    )
             _fits(span, limits)
         if part.name == "base":
             base = positions
@@ -520,51 +357,26 @@ def _rows_by_sequence(span: Span, limits: Limits) -> Iterator[tuple[int, NDArray
     counts = cells.counts
     if int(counts.min()) < 1:
         i = int((counts < 1).argmax())
-        _fail(section, f"cell {i} belongs to no sequence", cells.where(i))
+        fail(section, f"cell {i} belongs to no sequence", cells.where(i))
     owners = cells.owners()
     ids = cells.ids
     bad = (ids < 0) | (ids >= limits.n_seq_max)
     if bad.any():
         j = int(bad.argmax())
         i = int(owners[j])
-        _fail(section, f"cell {i} is of sequence {int(ids[j])}, not in [0, {limits.n_seq_max})", cells.where(i))
+        fail(section, f"cell {i} is of sequence {int(ids[j])}, not in [0, {limits.n_seq_max})", cells.where(i))
     # The ids of one cell ascend; from one cell to the next anything goes.
     falls = (ids[1:] <= ids[:-1]) & (owners[1:] == owners[:-1])
     if falls.any():
         i = int(owners[int(falls.argmax())])
-        _fail(section, f"the sequences of cell {i} are not in ascending order", cells.where(i))
+        fail(section, f"the sequences of cell {i} are not in ascending order", cells.where(i))
     if isinstance(span.part, KVSchema) and span.part.n_stream > 1 and (ids != span.stream).any():
         i = int(owners[int((ids != span.stream).argmax())])
-        _fail(section, f"cell {i} of stream {span.stream} belongs to another sequence", cells.where(i))
+        fail(section, f"cell {i} of stream {span.stream} belongs to another sequence", cells.where(i))
     order = np.argsort(ids, kind="stable")
     first = np.flatnonzero(np.r_[True, np.diff(ids[order]) != 0])
     for rows in np.split(order, first[1:]):
         yield int(ids[rows[0]]), owners[rows]
-
-
-def _loose_positions(
-    pos: NDArray[np.int32],
-    ext: NDArray[np.int32] | None,
-    cells: Cells,
-    n_vocab: int,
-    rules: _Rules,
-    name: str,
-    seq_id: int,
-) -> NDArray[np.int32]:
-    """Positions that need not be a whole run: cells before the window may be gone in parts. Sorted."""
-    section = f"{name}.cells of sequence {seq_id}"
-    if name == "recurrent" and len(pos) != 1:
-        _fail(section, f"a sequence has one recurrent cell, not {len(pos)}", cells.at)
-    if ext is not None:
-        _extras(ext, cells.at, n_vocab, rules, section)
-    ordered = np.sort(pos)
-    if int(ordered[0]) < 0 or int(ordered[-1]) >= _POS_END:
-        _fail(section, f"positions {int(ordered[0])} to {int(ordered[-1])}", cells.at)
-    if not rules.rectangles:
-        step = np.diff(ordered)
-        if (step == 0).any():
-            _fail(section, f"position {int(ordered[int((step == 0).argmax())])} comes twice", cells.at)
-    return ordered
 
 
 def _agree(
@@ -580,7 +392,7 @@ def _agree(
     for part, ids in zip(schema.parts, known, strict=True):
         missing = set.union(*known) - ids
         if missing:
-            _fail(
+            fail(
                 f"{part.name}.cells",
                 f"sequence {min(missing)} has cells in other parts and none here",
                 start[part.name],
@@ -595,7 +407,7 @@ def _agree(
                 low = int(window[s][0])
         if recurrent is not None:
             if high >= 0 and recurrent[s] != high:
-                _fail(
+                fail(
                     f"recurrent.cells of sequence {s}",
                     f"the recurrent state is at position {recurrent[s]}, the attention cache at {high}",
                     start["recurrent"],
@@ -603,10 +415,3 @@ def _agree(
             low = high = recurrent[s]
         result[s] = (low, high)
     return result
-
-
-def _fail(section: str, reason: str, offset: int | None) -> NoReturn:
-    where = "" if offset is None else f" at byte {offset}"
-    raise CorruptStateError(
-        f"corrupt state{where} ({section}): {reason}", reason=reason, offset=offset, section=section
-    )

@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llamastate.errors import CorruptStateError, LayoutMismatchError, UnsupportedLayoutError
+from llamastate.layout.positions import check_run, check_window
 from llamastate.layout.schema import MAX_SEQ, RecurrentSchema, Schema
 from llamastate.layout.structure import KVPart, Part, Rows, SequenceState, copy_all, lay_out
-from llamastate.layout.validate import check_run, check_window
 
 __all__ = ["compose"]
 
