@@ -54,9 +54,10 @@ class MappedFile:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self.view.release()
-        if self._map is not None:
-            self._map.close()
+        # Not closed but let go: arrays made from the view (and the frames of a traceback) keep the map as long as they
+        # need it, and closing it under them would be an error of ours.
+        self.view = memoryview(b"")
+        self._map = None
 
 
 def save(path: str | os.PathLike[str], data: npt.NDArray[np.uint8]) -> int:
