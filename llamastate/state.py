@@ -6,10 +6,10 @@ leaves a sequence half overwritten when it refuses one:
 
 1. Every byte that decides a position, a sequence id, a type, a size or a count is checked against the model and the
    context before anything is touched (``llamastate.layout``).
-2. If it cannot be proved that the cells will fit, the sequence's present state is copied first.
+2. That its cells fit is proved, or counted, before the old ones go (``llamastate.restore``).
 3. The destination is emptied, the state set, and the number of bytes read and the positions compared with what the
    blob said.
-4. On any doubt the sequence is emptied, the copy put back, and an error raised.
+4. On any doubt what was there is put back, and an error raised.
 """
 
 from __future__ import annotations
@@ -22,13 +22,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from llamastate import layout
+from llamastate import layout, restore
 from llamastate._native import log, memory, state
 from llamastate.arrays import Int32Array, TokensLike, as_bytes_view, as_tokens
 from llamastate.errors import (
     CorruptStateError,
     LoadError,
-    NotEnoughCellsError,
     OnDeviceStateError,
     PendingUpdateError,
 )
@@ -38,7 +37,7 @@ from llamastate.statefiles import MappedFile, naming, save
 
 if TYPE_CHECKING:
     from llamastate._native.handles import ContextHandle
-    from llamastate.layout import Limits, Schema, SequenceInfo
+    from llamastate.layout import Limits, Schema
     from llamastate.model import Model
 
 __all__ = ["StateAPI"]
@@ -261,10 +260,11 @@ class StateAPI:
         with self._handle as handle:
             if handle.pending_shift:
                 self._refuse_pending("state_seq_get_data")
+            state.check(handle, seq_id, flags)
             n: int = state.seq_get_data_into(handle, out, seq_id, flags)
             if flags & SeqFlags.ON_DEVICE:
                 with as_bytes_view(out) as view:
-                    handle.on_device[seq_id] = (int(flags), _digest(view[:n]))
+                    handle.on_device[int(seq_id)] = (int(flags), _digest(view[:n]))
             return n
 
     def state_seq_set_data(self, src: Any, dest_seq_id: int, flags: int = SeqFlags.NONE) -> int:
@@ -307,8 +307,8 @@ class StateAPI:
             partial = bool(flags & SeqFlags.PARTIAL_ONLY) and schema.has_partial
             info = layout.validate_sequence(view, schema, self.limits, partial=partial, on_device=on_device)
             if partial:
-                self._check_base(info, dest_seq_id)
-            self._replace_sequence(view, info, dest_seq_id, int(flags), partial)
+                restore.check_base(self, info, dest_seq_id)
+            restore.replace_sequence(self, view, info, dest_seq_id, int(flags), partial=partial)
             return view.nbytes
 
     def state_seq_save_file(self, path: str | os.PathLike[str], seq_id: int, tokens: TokensLike) -> int:
@@ -387,7 +387,7 @@ class StateAPI:
             with file.view[start:] as blob, blob[SEQ_HEADER:] as body, self._handle as handle:
                 state.check(handle, dest_seq_id, SeqFlags.NONE)
                 info = layout.validate_sequence(body, self.schema, self.limits, header=False)
-                self._replace_sequence(blob, info, dest_seq_id, SeqFlags.NONE, partial=False)
+                restore.replace_sequence(self, blob, info, dest_seq_id, SeqFlags.NONE, partial=False)
             return tokens, file.view.nbytes
 
     # --- restoring, step by step --------------------------------------------------------------------------------------
@@ -417,76 +417,6 @@ class StateAPI:
                 reason="not the last one taken",
                 seq_id=source,
             )
-
-    def _check_base(self, info: SequenceInfo, dest_seq_id: int) -> None:
-        # A partial state is only the window or the recurrent part. Without the attention rows of every token
-        # up to its own position the sequence would be wrong, and llama.cpp would not notice.
-        have = self._base_cells(dest_seq_id)
-        if have < info.pos_max + 1:
-            raise LoadError(
-                f"a partial state at position {info.pos_max} needs the {info.pos_max + 1} tokens before it in sequence "
-                f"{dest_seq_id}, which holds {have}",
-                reason="the sequence is shorter than the partial state",
-            )
-
-    def _base_cells(self, seq_id: int) -> int:
-        """Count the cells that a sequence has in the base attention cache: llama.cpp only tells the window's span."""
-        base = next((p for p in self.schema.parts if isinstance(p, layout.KVSchema) and p.role == "base"), None)
-        if base is None:
-            return 1 << 31  # all of the memory is recurrent: there is nothing that could be too short
-        # Without tensors a part is its fixed bytes and one record a cell; the difference of two sizes is one part.
-        whole = state.seq_get_size(self._handle, seq_id, SeqFlags.ON_DEVICE)
-        rest = state.seq_get_size(self._handle, seq_id, SeqFlags.ON_DEVICE | SeqFlags.PARTIAL_ONLY)
-        return max(0, whole - rest - base.fixed_bytes) // base.record_bytes
-
-    def _replace_sequence(self, view: memoryview, info: SequenceInfo, dest: int, flags: int, partial: bool) -> None:
-        handle = self._handle
-        held = self._span(dest)
-        backup: npt.NDArray[np.uint8] | None = None
-        if held != (-1, -1) and not self._sure_to_fit(info, dest):
-            backup = np.empty(state.seq_get_size(handle, dest, 0), np.uint8)
-            state.seq_get_data_into(handle, backup, dest, 0)
-        handle.forget_outputs(dest)
-        if not partial:
-            # llama.cpp skips a part that the blob has empty, and would leave the old cells in it
-            memory.seq_rm(handle, dest, -1, -1)
-        problem: str | None = None
-        try:
-            n = state.seq_set_data(handle, view, dest, flags) if info.n_cells or info.has_recurrent else view.nbytes
-            if partial:
-                memory.seq_rm(handle, dest, info.pos_max + 1, -1)
-            if n != view.nbytes or memory.seq_pos_max(handle, dest) != info.pos_max:
-                problem = log.take_errors() or f"llama.cpp read {n} of {view.nbytes} bytes"
-        except LoadError as error:
-            problem = str(error)
-        if problem is None:
-            return
-        memory.seq_rm(handle, dest, -1, -1)
-        if backup is not None:
-            state.seq_set_data(handle, backup, dest, 0)
-        free = max(0, self.limits.base_cells - self._cells_of_others(dest))
-        if info.n_cells > free or "find" in problem or "not enough" in problem:
-            raise NotEnoughCellsError(
-                f"the state takes {info.n_cells} cells, {free} are free",
-                reason=problem,
-                needed=info.n_cells,
-                available=free,
-            )
-        raise LoadError(f"llama.cpp refused the state: {problem}", reason=problem)
-
-    def _cells_of_others(self, dest: int) -> int:
-        """Count the cells of all other sequences; cells that several share are counted for each."""
-        return sum(self._span(seq)[1] + 1 for seq in range(self._handle.n_seq_max) if seq != dest)
-
-    def _sure_to_fit(self, info: SequenceInfo, dest: int) -> bool:
-        """Whether nothing that other sequences hold can keep this state from fitting; its own cells become free."""
-        if self._handle.n_seq_max == 1 or not self._params.get("kv_unified"):
-            return True
-        if self.schema.m_rope:
-            return False  # an image takes more cells than positions: spans do not count them
-        others = self._cells_of_others(dest)
-        limits = self.limits
-        return info.n_cells + others <= limits.base_cells and info.n_window_cells + others <= limits.window_cells
 
     # --- files --------------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,174 @@
+"""Replacing the state of one sequence without being able to lose the old one.
+
+llama.cpp empties a sequence before it looks for cells for the new state. If there are not enough it reports failure,
+and the old state is gone. In a pool that sequences share that cannot be mended afterwards: the old cells may
+have been shared with others, and a copy with cells of its own may not fit where the sharing one did. So whether there
+is room is settled before anything is touched. Mostly it is obvious; where it is not, the cells are counted.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from llamastate._native import log, memory, state
+from llamastate.errors import LoadError, NotEnoughCellsError
+from llamastate.flags import SeqFlags
+from llamastate.layout.schema import KVSchema
+from llamastate.layout.walk import Span, walk_context
+
+if TYPE_CHECKING:
+    from llamastate.layout import Schema, SequenceInfo
+    from llamastate.state import StateAPI
+
+__all__ = ["check_base", "replace_sequence"]
+
+
+class Room(NamedTuple):
+    """Cells that a sequence could have if it were emptied first, and the state that they were counted in."""
+
+    base: int
+    window: int
+    blob: npt.NDArray[np.uint8]
+
+
+def check_base(ctx: StateAPI, info: SequenceInfo, dest: int) -> None:
+    """Refuse a partial state for a sequence that is shorter than it.
+
+    A partial state is only the window or the recurrent part. Without the attention rows of every token up to its own
+    position the sequence would be wrong, and llama.cpp would not notice.
+    """
+    base = next((p for p in ctx.schema.parts if isinstance(p, KVSchema) and p.role == "base"), None)
+    if base is None:
+        return  # all of the memory is recurrent: there is nothing that could be too short
+    # llama.cpp tells the span of the window only. But without tensors a part is its fixed bytes and a record a
+    # cell, and the sizes with and without the base part differ by just that.
+    whole = state.seq_get_size(ctx._handle, dest, SeqFlags.ON_DEVICE)
+    rest = state.seq_get_size(ctx._handle, dest, SeqFlags.ON_DEVICE | SeqFlags.PARTIAL_ONLY)
+    have = max(0, whole - rest - base.fixed_bytes) // base.record_bytes
+    if have < info.pos_max + 1:
+        raise LoadError(
+            f"a partial state at position {info.pos_max} needs the {info.pos_max + 1} tokens before it in sequence "
+            f"{dest}, which holds {have}",
+            reason="the sequence is shorter than the partial state",
+        )
+
+
+def replace_sequence(
+    ctx: StateAPI, view: memoryview, info: SequenceInfo, dest: int, flags: int, *, partial: bool
+) -> None:
+    """Put a validated state in the place of what ``dest`` holds.
+
+    Parameters
+    ----------
+    ctx : StateAPI
+        Locked by the caller.
+    view : memoryview
+        The blob, with the header that it has in memory.
+    info : SequenceInfo
+        What validation found in it.
+    dest : int
+    flags : int
+    partial : bool
+        Whether the blob holds only what cannot be trimmed; what comes after its position in ``dest`` is removed then.
+
+    Raises
+    ------
+    NotEnoughCellsError, LoadError
+        ``dest`` is as it was.
+    """
+    handle = ctx._handle
+    empty = ctx._span(dest) == (-1, -1)
+    room = None if empty or _obviously_fits(ctx, info, dest) else _count_room(ctx, dest)
+    if room is not None:
+        for needed, available in ((info.n_cells, room.base), (info.n_window_cells, room.window)):
+            if needed > available:
+                raise _not_enough(needed, available)
+    handle.forget_outputs(dest)
+    if not partial:
+        # llama.cpp skips a part that the blob has empty, and would leave the old cells in it
+        memory.seq_rm(handle, dest, -1, -1)
+    problem = _set(ctx, view, info, dest, flags, partial=partial)
+    if problem is None:
+        return
+    memory.seq_rm(handle, dest, -1, -1)
+    if room is not None:
+        state.set_data(handle, room.blob)
+        handle.forget_outputs()
+    elif empty and not partial:
+        available = ctx.limits.base_cells - _cells_of_others(ctx, dest)
+        if info.n_cells > available:
+            raise _not_enough(info.n_cells, max(0, available))
+    raise LoadError(f"llama.cpp refused the state: {problem}", reason=problem)
+
+
+def _set(ctx: StateAPI, view: memoryview, info: SequenceInfo, dest: int, flags: int, *, partial: bool) -> str | None:
+    """Set the state and compare what came of it with what was meant; what is wrong, or ``None``."""
+    handle = ctx._handle
+    if info.is_empty:
+        return None  # emptied already, and that is all there is to it
+    try:
+        n = state.seq_set_data(handle, view, dest, flags)
+    except LoadError as error:
+        return str(error)
+    if partial:
+        memory.seq_rm(handle, dest, info.pos_max + 1, -1)
+    if n != view.nbytes:
+        return log.take_errors() or f"it read {n} of {view.nbytes} bytes"
+    held = ctx._span(dest)
+    return None if held == (info.pos_min, info.pos_max) else f"positions {held}, not {(info.pos_min, info.pos_max)}"
+
+
+def _obviously_fits(ctx: StateAPI, info: SequenceInfo, dest: int) -> bool:
+    """Whether nothing that other sequences hold can be in the way. The sequence's own cells become free."""
+    if ctx._handle.n_seq_max == 1 or not ctx._params.get("kv_unified"):
+        return True  # validation has compared the state with the whole cache
+    if ctx.schema.m_rope or ctx._handle.moved_cells:
+        return False  # more cells than positions: images, or positions that were divided. Spans do not count them
+    others = _cells_of_others(ctx, dest)
+    limits = ctx.limits
+    return info.n_cells + others <= limits.base_cells and info.n_window_cells + others <= limits.window_cells
+
+
+def _cells_of_others(ctx: StateAPI, dest: int) -> int:
+    """At most how many cells all other sequences hold: those that several share are counted for each."""
+    return sum(ctx._span(seq)[1] + 1 for seq in range(ctx._handle.n_seq_max) if seq != dest)
+
+
+def _count_room(ctx: StateAPI, dest: int) -> Room:
+    """Count the cells that are free, or would be if ``dest`` were emptied.
+
+    Costs a copy of the whole context's state: nothing else in llama.cpp's interface tells which cells are shared.
+    """
+    handle = ctx._handle
+    blob = np.empty(state.get_size(handle), np.uint8)
+    state.get_data_into(handle, blob)
+    schema, limits = ctx.schema, ctx.limits
+    room = {"base": limits.base_cells, "window": limits.window_cells}
+    for part, spans in zip(schema.parts, walk_context(blob.data, schema).parts, strict=True):
+        if isinstance(part, KVSchema):
+            room[part.role] -= sum(_kept(span, part, schema, dest) for span in spans)
+    return Room(room["base"], room["window"], blob)
+
+
+def _kept(span: Span, part: KVSchema, schema: Schema, dest: int) -> int:
+    """How many cells llama.cpp would not give away after ``dest`` has been emptied (``llama_kv_cache::find_slot``)."""
+    cells = span.cells
+    alone = cells.counts == 1
+    first = np.cumsum(cells.counts) - cells.counts
+    owner = cells.ids[first]
+    free = alone & (owner == dest)
+    if part.role == "window":
+        # a cell that has left the window of its only sequence may be taken as well
+        for seq in np.unique(owner[alone]):
+            mine = alone & (owner == seq)
+            free |= mine & (cells.pos < schema.window_start(int(cells.pos[mine].max()) + 1))
+    return int((~free).sum())
+
+
+def _not_enough(needed: int, available: int) -> NotEnoughCellsError:
+    return NotEnoughCellsError(
+        f"the state takes {needed} cells, {available} can be had", reason="no room", needed=needed, available=available
+    )
