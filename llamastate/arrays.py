@@ -32,7 +32,8 @@ def as_int32(values: Any, what: str) -> Int32Array:
     except (ValueError, TypeError, OverflowError) as error:
         raise _bad(f"{what} is no array: {error}") from None
     if array.dtype == np.int32 and array.ndim == 1:
-        return np.ascontiguousarray(array)
+        # a copy, always: what has been checked must not change while llama.cpp reads it without the GIL
+        return np.array(array, order="C")
     if array.ndim != 1:
         raise _bad(f"{what} has {array.ndim} dimensions, not 1")
     if array.size == 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
 from collections.abc import Iterable
@@ -38,7 +39,10 @@ def write_atomically(path: str | os.PathLike[str], chunks: Iterable[Any], *, dur
     folder, name = os.path.split(target)
     if os.path.isdir(target):
         # rename() would say so too, but only after everything has been written
-        raise IsADirectoryError(21, "Is a directory", target)
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), target)
+    if os.path.exists(target) and not os.path.isfile(target):
+        # rename() would put an ordinary file in the place of a device: the end of /dev/null, for one
+        raise OSError(errno.EINVAL, "Not a regular file", target)
     temporary = os.path.join(folder, f".{name[:200]}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     # O_EXCL: never write through something that somebody planted. 0o666: the umask decides, as for any other file.
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o666)

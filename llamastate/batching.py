@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
-from llamastate.arrays import Int32Array, TokensLike, as_int32
+from llamastate.arrays import Int32Array, TokensLike, as_index, as_int32
 from llamastate.errors import InvalidBatchError
 
 __all__ = ["Batch"]
@@ -59,12 +60,12 @@ class Batch:
         logits : bool
             Whether its logits are wanted.
         """
-        ids = [seq_ids] if isinstance(seq_ids, int) else list(seq_ids)
+        ids = _owners(seq_ids)
         self._tokens.append(token)
         self._pos.append(pos)
         self._n_seq_id.append(len(ids))
         self._seq_ids.extend(ids)
-        self._outputs.append(logits)
+        self._outputs.append(bool(logits))
 
     def extend(
         self,
@@ -88,9 +89,10 @@ class Batch:
         """
         ids = as_int32(tokens, "tokens")
         mask = output_mask(logits, len(ids)).astype(bool).tolist()
-        owners = [seq_ids] if isinstance(seq_ids, int) else list(seq_ids)
+        owners = _owners(seq_ids)
+        start = as_index(pos, "pos", InvalidBatchError)
         self._tokens.extend(ids.tolist())
-        self._pos.extend(range(pos, pos + len(ids)))
+        self._pos.extend(range(start, start + len(ids)))
         self._n_seq_id.extend([len(owners)] * len(ids))
         self._seq_ids.extend(owners * len(ids))
         self._outputs.extend(mask)
@@ -118,6 +120,20 @@ class Batch:
         )
 
 
+def _owners(seq_ids: int | Sequence[int]) -> list[int]:
+    """Sequence ids as a list, whether one was given (of any integer type) or several."""
+    try:
+        return [operator.index(seq_ids)]  # type: ignore[arg-type]  # fails for a sequence, which is how it is told
+    except TypeError:
+        pass
+    try:
+        return list(seq_ids)  # type: ignore[arg-type]
+    except TypeError:
+        raise InvalidBatchError(
+            f"invalid batch: seq_ids is {type(seq_ids).__name__}", code=-1, reason="seq_ids", value=seq_ids
+        ) from None
+
+
 def output_mask(logits: str | Iterable[Any] | None, n: int) -> np.ndarray[Any, np.dtype[np.int8]]:
     """Turn ``"last"``, ``"all"``, ``None`` or a mask into int8[n]."""
     mask = np.zeros(n, np.int8)
@@ -133,7 +149,16 @@ def output_mask(logits: str | Iterable[Any] | None, n: int) -> np.ndarray[Any, n
                 f"invalid batch: logits = {logits!r}", code=-1, n_tokens=n, reason="logits", value=logits
             )
         return mask
-    given = np.asarray(logits if isinstance(logits, np.ndarray) else list(logits))
+    try:
+        given = np.asarray(logits if isinstance(logits, np.ndarray) else list(logits))
+    except (TypeError, ValueError) as error:  # nothing to iterate over, or rows of several lengths
+        raise InvalidBatchError(
+            f"invalid batch: the logits mask is no array: {error}",
+            code=-1,
+            n_tokens=n,
+            reason="logits mask",
+            value=logits,
+        ) from None
     if given.shape != (n,):
         raise InvalidBatchError(
             f"invalid batch: the logits mask has shape {given.shape}, not ({n},)",

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from llamastate import lifetimes
-from llamastate._native import consts, decode, handles, memory
+from llamastate._native import consts, decode, handles, memory, state
 from llamastate.arrays import Int32Array, TokensLike, as_index, as_int32
 from llamastate.attach import borrow
 from llamastate.batching import Batch, output_mask
@@ -19,8 +19,7 @@ from llamastate.errors import (
     DecodeError,
     InvalidBatchError,
     InvalidPositionError,
-    InvalidSequenceError,
-    LlamaStateError,
+    LogitsUnavailableError,
     NoKVSlotError,
 )
 from llamastate.model import Model
@@ -269,10 +268,12 @@ yarn_beta_slow, yarn_orig_ctx
             The computation failed. What it had done is undone; where that is impossible (``removed``) the sequence is
             empty now.
         """
-        ids = as_int32(tokens if np.ndim(tokens) else [tokens], "tokens")
+        single = np.isscalar(tokens) or getattr(tokens, "ndim", 1) == 0
+        ids = as_int32([tokens] if single else tokens, "tokens")
         n = len(ids)
         with self._handle as handle:
-            seq = as_index(seq_id, "seq_id", InvalidSequenceError)
+            state.check(handle, seq_id, 0)
+            seq = int(seq_id)
             start = memory.seq_pos_max(handle, seq) + 1 if pos is None else as_index(pos, "pos", InvalidPositionError)
             if not 0 <= start <= I32 - n:
                 raise InvalidBatchError(
@@ -298,7 +299,11 @@ yarn_beta_slow, yarn_orig_ctx
         InvalidBatchError, NoKVSlotError, DecodeError
             As for :meth:`decode`.
         """
-        return self._decode(*batch.arrays())
+        given: object = batch
+        if not isinstance(given, Batch):
+            kind = type(given).__name__
+            raise InvalidBatchError(f"invalid batch: {kind} is no Batch", code=-1, reason="no Batch", value=kind)
+        return self._decode(*given.arrays())
 
     def prefill(
         self,
@@ -332,7 +337,16 @@ yarn_beta_slow, yarn_orig_ctx
         """
         ids = as_int32(tokens, "tokens")
         mask = output_mask(logits, len(ids))
-        size = self.n_batch if chunk is None else bounded("chunk", chunk, 1, self.n_batch)
+        size = self.n_batch if chunk is None else as_index(chunk, "chunk", InvalidBatchError)
+        if not 1 <= size <= self.n_batch:
+            raise InvalidBatchError(
+                f"chunk = {size} is not in [1, {self.n_batch}]",
+                code=-1,
+                n_tokens=len(ids),
+                reason="chunk",
+                value=size,
+                limit=self.n_batch,
+            )
         with self._handle as handle:
             start = memory.seq_pos_max(handle, seq_id) + 1
             if start + len(ids) > self.n_ctx_seq and self.model.memory_kind != "recurrent":
@@ -401,7 +415,7 @@ yarn_beta_slow, yarn_orig_ctx
             That token put out none, or its sequence's state has been changed since (restored, trimmed): logits are no
             part of a state.
         """
-        index = as_index(i, "i", LlamaStateError)
+        index = self._output_index(i)
         if not copy and not self._handle.borrowed:
             view: Any = decode.LogitsView(self._handle, index)  # NumPy's types know no buffers but the builtin ones
             row: npt.NDArray[np.float32] = np.frombuffer(view, np.float32)
@@ -409,6 +423,12 @@ yarn_beta_slow, yarn_orig_ctx
         out = np.empty(self._handle.n_vocab, np.float32)
         decode.logits_into(self._handle, index, out)
         return out
+
+    def _output_index(self, i: int) -> int:
+        index = as_index(i, "i", LogitsUnavailableError)
+        if not -I32 <= index <= I32:
+            raise LogitsUnavailableError(f"no output for index {index}", index=index, n_outputs=self._handle.n_outputs)
+        return index
 
     def embeddings(self, i: int = -1) -> npt.NDArray[np.float32]:
         """Embedding of one token of the last decode (``llama_get_embeddings_ith``), float32[n_embd_out].
@@ -419,7 +439,7 @@ yarn_beta_slow, yarn_orig_ctx
             That token put out none, or the context was not made with ``embeddings=True``, or it pools them.
         """
         out = np.empty(self._handle.n_embd_out, np.float32)
-        decode.embeddings_into(self._handle, as_index(i, "i", LlamaStateError), out)
+        decode.embeddings_into(self._handle, self._output_index(i), out)
         return out
 
     def embeddings_seq(self, seq_id: int = 0) -> npt.NDArray[np.float32]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from types import MappingProxyType, TracebackType
@@ -76,7 +78,10 @@ class Model:
         main_gpu: int = 0,
         use_extra_bufts: bool | None = None,
     ) -> None:
-        self.path: str | None = os.fspath(path)
+        try:
+            self.path: str | None = os.fsdecode(path)
+        except TypeError as error:
+            raise ModelLoadError(f"cannot load a model: {error}", reason="not a path") from None
         self._handle = handles.load_model(
             _check_file(self.path),
             n_gpu_layers=n_gpu_layers,
@@ -361,6 +366,10 @@ def _check_file(path: str) -> bytes:
     """Find out before llama.cpp does whether there is a GGUF at all, and say what is wrong in the system's words."""
     try:
         raw = os.fsencode(path)
+        if not stat.S_ISREG(os.stat(raw).st_mode):
+            # opening a pipe would wait for its writer, and llama.cpp can map nothing but a file
+            reason = "Is a directory" if os.path.isdir(raw) else "Not a regular file"
+            raise OSError(errno.EINVAL, reason, path)
         with open(raw, "rb") as file:
             magic = file.read(4)
     except (OSError, ValueError) as error:

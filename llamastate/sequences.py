@@ -54,6 +54,7 @@ class SequenceAPI(StateAPI):
         Removing everything always works. Recurrent and hybrid models can remove nothing less. O(cells), no bytes
         copied.
         """
+        p0, p1 = _range(p0, p1)
         with self._handle as handle:
             low, high = self._span(seq_id)
             to_end = p1 < 0 or p1 > high
@@ -92,6 +93,7 @@ class SequenceAPI(StateAPI):
         In a unified cache both share the cells: nothing is copied. Otherwise every byte is copied at once; llama.cpp
         would put that off to the next decode, and states taken meanwhile would be wrong.
         """
+        p0, p1 = _range(p0, p1)
         with self._handle as handle:
             low, high = self._span(src)
             self._span(dst)
@@ -161,6 +163,8 @@ class SequenceAPI(StateAPI):
         (:class:`PendingUpdateError`). What comes of it is an approximation by nature: no decode from scratch would
         give the same. Cells that the sequence shares with others are copied first.
         """
+        p0, p1 = _range(p0, p1)
+        delta = as_index(delta, "delta", InvalidPositionError)
         with self._handle as handle:
             low, high = self._movable(seq_id, p0, p1)
             if high >= low and not (low + delta >= 0 and high + delta <= I32):
@@ -187,6 +191,7 @@ class SequenceAPI(StateAPI):
         """
         if not 1 <= as_index(d, "d", InvalidPositionError) <= I32:
             raise InvalidPositionError(f"positions cannot be divided by {d}", reason="divisor", value=d, limit=1)
+        p0, p1 = _range(p0, p1)
         with self._handle as handle:
             low, high = self._movable(seq_id, p0, p1)
             if high >= low and d > 1:
@@ -213,3 +218,14 @@ class SequenceAPI(StateAPI):
         with self._handle as handle:
             handle.forget_outputs()
             memory.clear(handle, data)
+
+
+def _range(p0: int, p1: int) -> tuple[int, int]:
+    """Check the ends of a range of positions; any negative number becomes -1, which stands for the open end."""
+    ends = []
+    for name, value in (("p0", p0), ("p1", p1)):
+        end = as_index(value, name, InvalidPositionError)
+        if not -I32 <= end <= I32:
+            raise InvalidPositionError(f"{name} = {end} does not fit 32 bits", reason=name, value=end, limit=I32)
+        ends.append(max(end, -1))
+    return ends[0], ends[1]

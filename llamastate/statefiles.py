@@ -33,8 +33,11 @@ class MappedFile:
     """A file's bytes, mapped privately: writing to the view changes our copy of the page, never the file."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        name = os.fsdecode(path)
         self._map: mmap.mmap | None = None
+        try:
+            name = os.fsdecode(path)
+        except TypeError as error:
+            raise FileAccessError(f"cannot read: {error}", reason="not a path") from None
         try:
             if not stat.S_ISREG(os.stat(name).st_mode):
                 # opening a pipe would wait for its writer, and nothing but a file can be mapped
@@ -62,7 +65,10 @@ class MappedFile:
 
 def save(path: str | os.PathLike[str], data: npt.NDArray[np.uint8]) -> int:
     """Replace a file by ``data``, atomically and durably; the number of bytes, or :class:`SaveError`."""
-    name = os.fsdecode(path)
+    try:
+        name = os.fsdecode(path)
+    except TypeError as error:
+        raise SaveError(f"cannot write: {error}", reason="not a path") from None
     try:
         return write_atomically(name, [data.data])
     except (OSError, ValueError) as error:

@@ -50,6 +50,8 @@ cdef class ContextHandle(Lockable):
     cdef public bint pending_shift
     # Some cells may belong to several sequences: moving the positions of one would move the other's.
     cdef public bint shared_cells
+    # Positions were moved or divided at some time: a sequence may have more cells than its positions span.
+    cdef public bint moved_cells
     # What the last decode put out, one byte a batch entry: 0 nothing, 1 an output, 2 an output of a sequence whose
     # state has been changed since, so that nobody samples from what is no longer true. And to whom each belonged.
     cdef vector[int8_t] outputs

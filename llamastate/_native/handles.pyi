@@ -19,6 +19,7 @@ class ModelHandle:
 class ContextHandle(Lockable):
     pending_shift: bool
     shared_cells: bool
+    moved_cells: bool
     @property
     def borrowed(self) -> bool: ...
     @property

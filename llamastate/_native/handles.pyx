@@ -17,6 +17,7 @@ The rules that the rest of ``_native`` relies on:
 
 cimport cython
 from cpython.exc cimport PyErr_CheckSignals
+from cpython.number cimport PyNumber_Index
 from cpython.pythread cimport (
     NOWAIT_LOCK,
     PyThread_acquire_lock,
@@ -203,12 +204,12 @@ cdef class ContextHandle(Lockable):
         # llama.cpp aborts on ids past its own table of 256, and accepts some that are past n_seq_max
         cdef long n
         try:
-            n = seq_id
-        except OverflowError:
+            n = PyNumber_Index(seq_id)  # a plain conversion would take 0.7 for 0
+        except (OverflowError, TypeError):
             n = -1
         if n < 0 or n >= self.n_seq_max:
             raise InvalidSequenceError(
-                f"sequence id {seq_id} is not in [0, {self.n_seq_max})", seq_id=seq_id, n_seq_max=self.n_seq_max
+                f"sequence id {seq_id!r} is not in [0, {self.n_seq_max})", seq_id=seq_id, n_seq_max=self.n_seq_max
             )
         return <int32_t> n
 
@@ -216,11 +217,12 @@ cdef class ContextHandle(Lockable):
         # llama.h: i >= 0 counts batch entries, i < 0 counts outputs from the last. Gives the batch index.
         cdef long n = <long> self.outputs.size()
         cdef long at = -1
-        cdef long left = -i
+        cdef long left
         if 0 <= i < n:
             at = i
         elif -self.n_outputs <= i < 0:
             at = n
+            left = -i
             while left:
                 at -= 1
                 left -= self.outputs[at] != 0
@@ -414,7 +416,7 @@ def borrow_context(uintptr_t address, keep, alive, *, bint raise_if_busy, bint e
     model.ptr = <llama_model *> c.llama_get_model(ptr)
     cdef ContextHandle handle = _wrap_context(ptr, model, raise_if_busy)
     handle.borrowed = True
-    handle.shared_cells = True  # nobody knows what its owner did
+    handle.shared_cells = handle.moved_cells = True  # nobody knows what its owner did
     handle._alive = alive
     handle.embeddings = embeddings
     return handle

@@ -6,6 +6,7 @@ Whether an operation keeps a sequence exact is not decided here: llama.cpp says 
 (see ``llamastate.context``).
 """
 
+from cpython.number cimport PyNumber_Index
 from libc.stdint cimport int32_t
 
 from llamastate._native cimport llama as c
@@ -16,6 +17,11 @@ cdef int32_t MAX_POS = 2147483647
 
 
 cdef int32_t position(str what, value) except? -2:
+    try:
+        value = PyNumber_Index(value)
+    except TypeError:
+        raise InvalidPositionError(
+            f"{what} is {type(value).__name__}, not an integer", reason=what, value=value, limit=MAX_POS) from None
     # llama.h: p0 < 0 means from the start, p1 < 0 to the end; one negative number is as good as another
     if not -MAX_POS <= value <= MAX_POS:
         raise InvalidPositionError(f"{what} = {value} does not fit 32 bits", reason=what, value=value, limit=MAX_POS)
@@ -30,6 +36,7 @@ def clear(ContextHandle h, bint data):
             c.llama_memory_clear(h.mem, data)
         h.pending_shift = False
         h.shared_cells = False
+        h.moved_cells = h.borrowed
     finally:
         h.release()
 
@@ -79,6 +86,7 @@ def seq_add(ContextHandle h, seq_id, p0, p1, long delta):
         if h.mem != NULL:
             c.llama_memory_seq_add(h.mem, seq, a, b, <int32_t> delta)
             h.pending_shift = True
+            h.moved_cells = True
     finally:
         h.release()
 
@@ -92,6 +100,7 @@ def seq_div(ContextHandle h, seq_id, p0, p1, int d):
         if h.mem != NULL:
             c.llama_memory_seq_div(h.mem, seq, a, b, d)
             h.pending_shift = True
+            h.moved_cells = True
     finally:
         h.release()
 

@@ -7,6 +7,7 @@ contiguous and large enough. What they do not check is what the bytes say: ``lla
 ``llamastate.layout``, before anything gets here.
 """
 
+from cpython.number cimport PyNumber_Index
 from libc.stdint cimport int32_t, uint8_t, uint32_t
 
 from llamastate._native cimport llama as c
@@ -19,9 +20,14 @@ cdef uint32_t KNOWN_FLAGS = c.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY | c.LLAMA_STATE
 
 
 cdef uint32_t known(flags) except? 0xFFFFFFFF:
-    if flags < 0 or flags & ~KNOWN_FLAGS:
+    cdef unsigned long n
+    try:
+        n = PyNumber_Index(flags)
+    except (OverflowError, TypeError):
+        n = ~<unsigned long> KNOWN_FLAGS
+    if n & ~<unsigned long> KNOWN_FLAGS:
         raise InvalidFlagsError(f"unknown state flags {flags!r}", flags=flags, known=KNOWN_FLAGS)
-    return <uint32_t> flags
+    return <uint32_t> n
 
 
 cdef int check_space(size_t needed, Pinned out) except -1:
