@@ -44,6 +44,14 @@ def greedy(ctx: Context, n: int, *, seq_id: int = 0) -> tuple[list[int], npt.NDA
     return chosen, np.array(rows)
 
 
+def follow(ctx: Context, first: int, n: int, *, seq_id: int = 0) -> tuple[list[int], npt.NDArray[np.float32]]:
+    """Decode ``first`` and then greedily, ``n`` tokens in all; the tokens, and the logits after each."""
+    ctx.decode([first], seq_id=seq_id)
+    row = ctx.logits()
+    chosen, rows = greedy(ctx, n - 1, seq_id=seq_id)
+    return [first, *chosen], np.array([row, *rows])
+
+
 def nmse(found: npt.NDArray[Any], expected: npt.NDArray[Any]) -> float:
     """Normalised mean squared error."""
     expected = expected.astype(np.float64)
