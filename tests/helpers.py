@@ -34,7 +34,7 @@ def tokens(n: int, seed: int = 0, n_vocab: int = 256) -> npt.NDArray[np.int32]:
 
 
 def greedy(ctx: Context, n: int, *, seq_id: int = 0) -> tuple[list[int], npt.NDArray[np.float32]]:
-    """Decode ``n`` tokens greedily from the logits at hand; the tokens, and the logits after each, float32[n, vocab]."""
+    """Decode ``n`` tokens greedily from the logits there are; they, and the logits after each, float32[n, vocab]."""
     chosen: list[int] = []
     rows = []
     for _ in range(n):

@@ -1,0 +1,24 @@
+"""Running Python in processes of their own: for what would end this one, or could not be undone in it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def start(code: str, *arguments: object) -> subprocess.Popen[str]:
+    """Start a Python that can import the tests; threads of computation are inherited from ``tests.conftest``."""
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.Popen(
+        command, cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+def run(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run it to its end, whatever that is."""
+    with start(code, *arguments) as process:
+        out, err = process.communicate(timeout=120)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
