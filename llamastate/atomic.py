@@ -37,6 +37,9 @@ def write_atomically(path: str | os.PathLike[str], chunks: Iterable[Any], *, dur
     """
     target = os.path.realpath(os.fspath(path))
     folder, name = os.path.split(target)
+    if os.path.islink(target):
+        # what realpath() could not follow to an end
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), target)
     if os.path.isdir(target):
         # rename() would say so too, but only after everything has been written
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), target)
