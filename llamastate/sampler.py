@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ import numpy.typing as npt
 from llamastate._native import consts, sampling
 from llamastate.arrays import as_index
 from llamastate.errors import SamplerError
+from llamastate.grammar import check_grammar
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -23,6 +25,10 @@ if TYPE_CHECKING:
     from llamastate.model import Model
 
 __all__ = ["Sampler", "SamplingParams"]
+
+
+#: llama.cpp reserves room for so many tokens at once.
+MAX_PENALTY_LAST_N = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -46,7 +52,7 @@ class SamplingParams:
     frequency_penalty, presence_penalty : float
         As in OpenAI's API; 0 is off.
     penalty_last_n : int
-        How many tokens back penalties look; 0 turns them off.
+        How many tokens back penalties look, at most 2**20; 0 turns them off.
     seed : int or None
         Of the random numbers, in [0, 2**32 - 1). ``None`` draws one, which :attr:`Sampler.seed` tells.
     grammar : str or None
@@ -73,16 +79,16 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         _within("temperature", self.temperature, 0.0, math.inf)
-        _within("top_k", self.top_k, 0, 2**31 - 1)
+        _within("top_k", self.top_k, 0, 2**31 - 1, whole=True)
         _within("top_p", self.top_p, 0.0, 1.0, open_low=True)
         _within("min_p", self.min_p, 0.0, 1.0)
         _within("typical_p", self.typical_p, 0.0, 1.0, open_low=True)
         _within("repeat_penalty", self.repeat_penalty, 0.0, math.inf, open_low=True)
         _within("frequency_penalty", self.frequency_penalty, -math.inf, math.inf)
         _within("presence_penalty", self.presence_penalty, -math.inf, math.inf)
-        _within("penalty_last_n", self.penalty_last_n, 0, 2**31 - 1)
+        _within("penalty_last_n", self.penalty_last_n, 0, MAX_PENALTY_LAST_N, whole=True)
         if self.seed is not None:
-            _within("seed", self.seed, 0, consts.DEFAULT_SEED - 1)
+            _within("seed", self.seed, 0, consts.DEFAULT_SEED - 1, whole=True)
 
     @property
     def is_greedy(self) -> bool:
@@ -90,9 +96,11 @@ class SamplingParams:
         return self.temperature == 0
 
 
-def _within(name: str, value: Any, low: float, high: float, *, open_low: bool = False) -> None:
+def _within(name: str, value: Any, low: float, high: float, *, open_low: bool = False, whole: bool = False) -> None:
     """Refuse a parameter outside ``[low, high]`` (``(low, high]``); infinities are never numbers to compute with."""
-    inside = isinstance(value, (int, float)) and math.isfinite(value) and low <= value <= high
+    inside = (
+        isinstance(value, numbers.Integral if whole else numbers.Real) and math.isfinite(value) and low <= value <= high
+    )
     if not inside or (open_low and value == low):
         bracket = "(" if open_low or low == -math.inf else "["
         raise SamplerError(
@@ -148,10 +156,9 @@ class Sampler:
             tokens, bias = _bias_arrays(p.logit_bias, n_vocab)
             chain.add_logit_bias(tokens, bias)
         if p.grammar is not None:
-            for name, text in (("grammar", p.grammar), ("grammar_root", p.grammar_root)):
-                if "\0" in text:
-                    raise SamplerError(f"{name} contains a NUL", parameter=name, value=text)
-            chain.add_grammar(p.grammar.encode(), p.grammar_root.encode())
+            grammar, root = _as_text("grammar", p.grammar), _as_text("grammar_root", p.grammar_root)
+            check_grammar(p.grammar)
+            chain.add_grammar(grammar, root)
         penalised = p.repeat_penalty != 1 or p.frequency_penalty != 0 or p.presence_penalty != 0
         if penalised and p.penalty_last_n:
             chain.add_penalties(p.penalty_last_n, p.repeat_penalty, p.frequency_penalty, p.presence_penalty)
@@ -187,11 +194,17 @@ class Sampler:
         SamplerError
             No candidate is left (a grammar that has ended, a bias that forbids all), or a logit is not a number.
         """
-        return self._handle.sample(ctx._handle, i, accept)
+        return self._handle.sample(ctx._handle, ctx._output_index(i), accept)
 
     def sample_logits(self, logits: npt.ArrayLike, *, accept: bool = True) -> int:
         """Choose from a row of logits, float32[n_vocab], such as one that was kept with a snapshot."""
-        return self._handle.sample_logits(np.ascontiguousarray(logits, dtype=np.float32), accept)
+        try:
+            row = np.asarray(logits, dtype=np.float32)
+        except (TypeError, ValueError) as error:
+            raise SamplerError(f"logits are no array: {error}", parameter="logits", reason=str(error)) from None
+        if row.ndim != 1:
+            raise SamplerError(f"logits have {row.ndim} dimensions, not 1", parameter="logits", value=row.shape)
+        return self._handle.sample_logits(np.ascontiguousarray(row), accept)
 
     def accept(self, token: int) -> None:
         """Tell the chain of a token that was chosen elsewhere."""
@@ -225,12 +238,25 @@ class Sampler:
         self.close()
 
 
+def _as_text(name: str, text: Any) -> bytes:
+    if not isinstance(text, str):
+        raise SamplerError(f"{name} is {type(text).__name__}, not str", parameter=name, value=text)
+    try:
+        data = text.encode()
+    except UnicodeEncodeError as error:  # lone surrogates
+        raise SamplerError(f"{name} is not valid Unicode: {error}", parameter=name, value=text) from None
+    if b"\0" in data:
+        raise SamplerError(f"{name} contains a NUL", parameter=name, value=text)
+    return data
+
+
 def _bias_arrays(bias: Mapping[int, float], n_vocab: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
     for token, value in bias.items():
         if not 0 <= as_index(token, "logit_bias token", SamplerError) < n_vocab:
             raise SamplerError(
                 f"logit_bias: token id {token} is not in [0, {n_vocab})", parameter="logit_bias", value=token
             )
-        if math.isnan(value) or value == math.inf:
-            raise SamplerError(f"logit_bias: {value} for token {token}", parameter="logit_bias", value=value)
+        number: Any = value
+        if not isinstance(number, numbers.Real) or math.isnan(number) or number == math.inf:
+            raise SamplerError(f"logit_bias: {value!r} for token {token}", parameter="logit_bias", value=value)
     return np.fromiter(bias.keys(), np.int32, len(bias)), np.fromiter(bias.values(), np.float32, len(bias))

@@ -55,6 +55,8 @@ cdef extern from "llama.h" nogil:
         pass
     struct llama_sampler:
         pass
+    struct llama_adapter_lora:
+        pass
     struct llama_memory_i:
         pass
     ctypedef llama_memory_i * llama_memory_t
@@ -210,6 +212,11 @@ cdef extern from "llama.h" nogil:
     cbool llama_model_is_hybrid(const llama_model * model)
     cbool llama_model_is_diffusion(const llama_model * model)
 
+    llama_adapter_lora * llama_adapter_lora_init(llama_model * model, const char * path_lora) except +
+    void llama_adapter_lora_free(llama_adapter_lora * adapter)
+    int32_t llama_set_adapters_lora(
+        llama_context * ctx, llama_adapter_lora ** adapters, size_t n_adapters, float * scales) except +
+
     void llama_memory_clear(llama_memory_t mem, cbool data)
     cbool llama_memory_seq_rm(llama_memory_t mem, llama_seq_id seq_id, llama_pos p0, llama_pos p1)
     void llama_memory_seq_cp(llama_memory_t mem, llama_seq_id src, llama_seq_id dst, llama_pos p0, llama_pos p1)
@@ -270,6 +277,7 @@ cdef extern from "llama.h" nogil:
 
     llama_sampler * llama_sampler_chain_init(llama_sampler_chain_params params) except +
     void llama_sampler_chain_add(llama_sampler * chain, llama_sampler * smpl) except +
+    llama_sampler * llama_sampler_chain_get(llama_sampler * chain, int32_t i)
     void llama_sampler_accept(llama_sampler * smpl, llama_token token) except +
     void llama_sampler_apply(llama_sampler * smpl, llama_token_data_array * cur_p) except +
     void llama_sampler_reset(llama_sampler * smpl) except +

@@ -21,12 +21,15 @@ cdef class SamplerHandle(Lockable):
     cdef const c.llama_vocab * vocab
     cdef _ModelPtr model
     cdef vector[c.llama_token_data] candidates
+    cdef int n_links
+    cdef int grammar_at  # which link of the chain is the grammar; -1 without one
     cdef readonly int n_vocab
 
     def __cinit__(self, ModelHandle model, *args, **kwargs):
         self.vocab = model.vocab()
         self.model = model._owned
         self.n_vocab = c.llama_vocab_n_tokens(self.vocab)
+        self.grammar_at = -1
         self.chain = c.llama_sampler_chain_init(c.llama_sampler_chain_default_params())
 
     def __init__(self, ModelHandle model):
@@ -49,6 +52,7 @@ cdef class SamplerHandle(Lockable):
             reason = log.take_errors() or "llama.cpp made no sampler of it"
             raise SamplerError(f"{name}: {reason}", parameter=name, value=value, reason=reason)
         c.llama_sampler_chain_add(self.chain, link)
+        self.n_links += 1
         return 0
 
     def add_greedy(self):
@@ -103,6 +107,7 @@ cdef class SamplerHandle(Lockable):
             if isinstance(error, SamplerError):
                 raise
             raise SamplerError(f"grammar: {error}", parameter="grammar", value=grammar, reason=str(error)) from None
+        self.grammar_at = self.n_links - 1
 
     cdef int32_t pick(self, const float * logits, bint accept) except -1:
         cdef c.llama_token_data_array array
@@ -139,6 +144,24 @@ cdef class SamplerHandle(Lockable):
         if token < 0 or not logit > -3.0e38:
             raise SamplerError("no token is left to choose", reason="no candidates")
         return token
+
+    cdef bint allowed(self, int32_t token) except -1:
+        # Asks the grammar without telling it. Told of a token that it does not allow, llama.cpp aborts the process: at
+        # once for one that ends the text, at the next sampling for any other.
+        cdef c.llama_token_data one
+        cdef c.llama_token_data_array array
+        if self.grammar_at < 0:
+            return True
+        one.id = token
+        one.logit = 0
+        one.p = 0
+        array.data = &one
+        array.size = 1
+        array.selected = -1
+        array.sorted = False
+        with nogil:
+            c.llama_sampler_apply(c.llama_sampler_chain_get(self.chain, self.grammar_at), &array)
+        return one.logit > -3.0e38
 
     def sample(self, ContextHandle context, long i, bint accept):
         """Choose a token from the context's logits; ``i`` as in ``llama_get_logits_ith``. Releases the GIL."""
@@ -178,10 +201,13 @@ cdef class SamplerHandle(Lockable):
         t = token
         self.enter("accept")
         try:
+            if not self.allowed(t):
+                raise SamplerError(f"token {token} is not what the grammar allows", parameter="token", value=token,
+                                   reason="not in the grammar")
             with nogil:
                 c.llama_sampler_accept(self.chain, t)
         except (RuntimeError, IndexError, ValueError, MemoryError) as error:
-            if isinstance(error, ClosedError):
+            if isinstance(error, (ClosedError, SamplerError)):
                 raise
             raise SamplerError(f"token {token} was refused: {error}", parameter="token", value=token,
                                reason=str(error)) from None
@@ -206,6 +232,8 @@ cdef class SamplerHandle(Lockable):
             other = SamplerHandle.__new__(SamplerHandle, model)
             c.llama_sampler_free(other.chain)
             other.chain = c.llama_sampler_clone(self.chain)
+            other.n_links = self.n_links
+            other.grammar_at = self.grammar_at
             return other
         finally:
             self.release()
