@@ -87,8 +87,9 @@ def replace_sequence(
             if needed > available:
                 raise _not_enough(needed, available)
     handle.forget_outputs(dest)
-    if not partial:
-        # llama.cpp skips a part that the blob has empty, and would leave the old cells in it
+    if not partial or info.is_empty:
+        # llama.cpp skips a part that the blob has empty, and would leave the old cells in it. A partial state of an
+        # empty sequence means an empty sequence: everything comes after its position.
         memory.seq_rm(handle, dest, -1, -1)
     problem = _set(ctx, view, info, dest, flags, partial=partial)
     if problem is None:
