@@ -23,7 +23,8 @@ from llamastate.errors import (
     NoKVSlotError,
 )
 from llamastate.model import Model
-from llamastate.params import I32, all_cores, bounded, choice, rope_params
+from llamastate.params import I32, MAX_BATCH, MAX_UBATCH, all_cores, bounded, choice, rope_params
+from llamastate.probe import check_memory
 from llamastate.sequences import SequenceAPI
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ class Context(SequenceAPI):
     n_seq_max : int
         Sequences, at most 256. When the cache is not unified they share ``n_ctx`` evenly.
     n_batch, n_ubatch : int
-        Most tokens in one decode; most that are computed at once.
+        Most tokens in one decode, at least ``n_seq_max`` and at most 2**24; most that are computed at once, at most 2**18.
     n_threads, n_threads_batch : int, optional
         For one token and for many; all cores if ``None``.
     kv_unified : bool
@@ -110,8 +111,8 @@ yarn_beta_slow, yarn_orig_ctx
         params: dict[str, Any] = {
             "n_ctx": bounded("n_ctx", n_ctx, 0, I32 - 256),
             "n_seq_max": bounded("n_seq_max", n_seq_max, 1, consts.MAX_PARALLEL_SEQUENCES),
-            "n_batch": bounded("n_batch", n_batch, 1, I32),
-            "n_ubatch": bounded("n_ubatch", n_ubatch, 1, I32),
+            "n_batch": bounded("n_batch", n_batch, 1, MAX_BATCH),
+            "n_ubatch": bounded("n_ubatch", n_ubatch, 1, MAX_UBATCH),
             "n_threads": bounded("n_threads", threads, 1, 512),
             "n_threads_batch": bounded("n_threads_batch", n_threads_batch or threads, 1, 512),
             "kv_unified": bool(kv_unified),
@@ -136,6 +137,16 @@ yarn_beta_slow, yarn_orig_ctx
             raise ContextCreateError(
                 "models with an encoder and a decoder are not supported", params=params, reason="encoder-decoder"
             )
+        n_cells = params["n_ctx"] or model.n_ctx_train
+        if n_cells < params["n_seq_max"]:
+            params["n_ctx"] = params["n_seq_max"]  # llama.cpp makes 256 of it anyway, but too late for its own checks
+        if params["n_batch"] < params["n_seq_max"]:
+            # llama.cpp reserves an output for each sequence, and aborts when a batch could not hold them
+            raise ContextCreateError(
+                f"n_batch = {n_batch} is less than n_seq_max = {n_seq_max}", params=params, reason="n_batch"
+            )
+        if not model._n_gpu_layers or not params["offload_kqv"]:
+            check_memory(model, params)
         self.model = model
         self._params = params
         self._owner: object | None = None

@@ -92,6 +92,7 @@ class Model:
             main_gpu=main_gpu,
             use_extra_bufts=not is_miscompiled(_native.library.parent) if use_extra_bufts is None else use_extra_bufts,
         )
+        self._n_gpu_layers = int(n_gpu_layers)
         self._prepare()
 
     @classmethod
@@ -99,6 +100,7 @@ class Model:
         self = cls.__new__(cls)
         self.path = path
         self._handle = handle
+        self._n_gpu_layers = -1  # nobody knows; it may have some
         self._prepare()
         return self
 

@@ -11,10 +11,16 @@ from llamastate._native import consts
 from llamastate.arrays import as_index
 from llamastate.errors import ContextCreateError
 
-__all__ = ["I32", "U32", "all_cores", "bounded", "choice", "rope_params"]
+__all__ = ["I32", "MAX_BATCH", "MAX_UBATCH", "U32", "all_cores", "bounded", "choice", "rope_params"]
 
 U32 = 2**32 - 1
 I32 = 2**31 - 1
+
+#: llama.cpp makes room for so many tokens at once; far more than that is no wish but a mistake, and kills the process.
+MAX_BATCH = 1 << 24
+MAX_UBATCH = 1 << 18
+
+_FLOAT_MAX = float(np.finfo(np.float32).max)
 
 _ROPE_FLOATS = frozenset(
     {
@@ -62,12 +68,14 @@ def rope_params(given: dict[str, Any]) -> dict[str, Any]:
         elif name in _ROPE_FLOATS:
             try:
                 params[name] = float(value)
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, OverflowError):
                 raise ContextCreateError(
                     f"{name} = {value!r} is no number", params={name: value}, reason=name
                 ) from None
-            if not np.isfinite(params[name]):
+            if not abs(params[name]) <= _FLOAT_MAX:
                 raise ContextCreateError(f"{name} = {value!r} is not finite", params={name: value}, reason=name)
+            if name.startswith("rope_freq") and params[name] < 0:
+                raise ContextCreateError(f"{name} = {value!r} is negative", params={name: value}, reason=name)
         else:
             raise TypeError(f"Context() got an unexpected keyword argument {name!r}")
     return params

@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llamastate._native import decode, handles, state
+from llamastate.errors import ContextCreateError, UnsupportedLayoutError
 from llamastate.layout import KVSchema, Limits, Schema, infer_schema
 
 if TYPE_CHECKING:
     from llamastate._native.handles import ContextHandle
     from llamastate.model import Model
 
-__all__ = ["context_limits", "context_schema"]
+__all__ = ["available_memory", "check_memory", "context_limits", "context_schema"]
 
 #: Context parameters that decide what a blob looks like, apart from the number of streams.
 DECISIVE = ("type_k", "type_v", "flash_attn_type", "offload_kqv", "op_offload", "embeddings", "pooling_type")
@@ -48,14 +49,69 @@ def context_schema(model: Model, handle: ContextHandle, params: dict[str, Any]) 
     ContextCreateError
         No room for the scratch context.
     """
+    schema = _schema_of(model, params)
+    n_stream = 1 if params.get("kv_unified", False) else handle.n_seq_max
+    parts = tuple(replace(p, n_stream=n_stream) if isinstance(p, KVSchema) else p for p in schema.parts)
+    return replace(schema, parts=parts)
+
+
+def check_memory(model: Model, params: dict[str, Any]) -> None:
+    """Refuse a cache that is larger than the memory there is.
+
+    The system grants memory before it has it, and llama.cpp fills the cache with zeros at once: instead of an error
+    there would be a killed process.
+
+    Raises
+    ------
+    ContextCreateError
+    """
+    n_cells = params["n_ctx"] or model.n_ctx_train
+    available = available_memory()
+    # 16 bytes for each layer, cell and channel: more than any usual cache takes, so that this asks no questions mostly
+    if available is None or n_cells * model.n_layer * model.n_embd * 16 < available:
+        return
+    try:
+        parts = _schema_of(model, params).parts
+    except UnsupportedLayoutError:
+        return
+    needed = 0
+    for part in parts:
+        if isinstance(part, KVSchema):
+            full = part.role == "base" or params["swa_full"]
+            needed += part.bytes_per_cell * (n_cells if full else min(n_cells, model.n_swa * params["n_seq_max"]))
+        else:
+            needed += part.bytes_per_cell * params["n_seq_max"]
+    if needed > available:
+        raise ContextCreateError(
+            f"the cache would take {needed} bytes, and {available} are available", params=params, reason="memory"
+        )
+
+
+def available_memory() -> int | None:
+    """Bytes that this process can still get without swapping or being killed, as far as the system tells."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            lines = dict(line.split(":", 1) for line in file)
+        free = (int(lines["MemAvailable"].split()[0]) + int(lines["SwapFree"].split()[0])) << 10
+    except (OSError, ValueError, KeyError):
+        return None
+    try:
+        with open("/sys/fs/cgroup/memory.max", encoding="ascii") as limit:
+            most = limit.read().strip()
+        with open("/sys/fs/cgroup/memory.current", encoding="ascii") as current:
+            used = int(current.read())
+    except (OSError, ValueError):
+        return free
+    return min(free, int(most) - used) if most.isdigit() else free
+
+
+def _schema_of(model: Model, params: dict[str, Any]) -> Schema:
     decisive = {name: params[name] for name in DECISIVE if name in params}
     key = tuple(sorted(decisive.items()))
     schema = model._schemas.get(key)
     if schema is None:
         schema = model._schemas[key] = _probe(model, decisive)
-    n_stream = 1 if params.get("kv_unified", False) else handle.n_seq_max
-    parts = tuple(replace(p, n_stream=n_stream) if isinstance(p, KVSchema) else p for p in schema.parts)
-    return replace(schema, parts=parts)
+    return schema
 
 
 def _probe(model: Model, decisive: dict[str, Any]) -> Schema:

@@ -98,9 +98,8 @@ class SamplingParams:
 
 def _within(name: str, value: Any, low: float, high: float, *, open_low: bool = False, whole: bool = False) -> None:
     """Refuse a parameter outside ``[low, high]`` (``(low, high]``); infinities are never numbers to compute with."""
-    inside = (
-        isinstance(value, numbers.Integral if whole else numbers.Real) and math.isfinite(value) and low <= value <= high
-    )
+    kind: Any = numbers.Integral if whole else numbers.Real
+    inside = isinstance(value, kind) and math.isfinite(value) and low <= value <= high
     if not inside or (open_low and value == low):
         bracket = "(" if open_low or low == -math.inf else "["
         raise SamplerError(
