@@ -22,13 +22,14 @@ BUILD := setup.py pyproject.toml llama.cpp/locate.py llama.cpp/amx.py
 # GGML_NO_BACKTRACE: an expected abort in a child process must not start a debugger.
 TEST_ENV := LLAMASTATE_TEST_THREADS=1 OMP_NUM_THREADS=1 GGML_NO_BACKTRACE=1
 
-.PHONY: help demo test bench lint format build models clean
+.PHONY: help demo test bench bench-peers lint format build models clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo    answer questions on a real text with a saved state, against doing it without"
 	@echo "make test    all tests"
 	@echo "make bench   the ratios of the README, measured here"
+	@echo "make bench-peers   an environment for cyllama, so that the bench can compare with it"
 	@echo "make lint    ruff, mypy, and stubs against the compiled modules"
 	@echo "make format  let ruff rewrite the sources"
 	@echo "make build   .venv and the extension modules only"
@@ -43,6 +44,11 @@ test: build models
 # Not in parallel: it measures.
 bench: build models $(DONE)/bench
 	$(PY) -m pytest bench $(TEST_OPTIONS)
+
+# cyllama brings a llama.cpp of its own, and so has to stay out of .venv.
+bench-peers:
+	@test -x .venv-cyllama/bin/python || $(PYTHON) -m venv .venv-cyllama
+	.venv-cyllama/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_OPTIONS) cyllama
 
 lint: build
 	$(PY) -m ruff check .

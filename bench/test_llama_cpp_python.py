@@ -1,6 +1,6 @@
 """Against ``Llama.save_state`` and ``load_state``, with its own defaults, in the same process.
 
-Each side is timed right after an untimed call of its own: neither pays for what the other has left in the caches.
+Each side is timed after a few untimed calls of its own: neither pays for what the other has left in the caches.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from bench.conftest import CORES
-from bench.timing import pairs, stopwatch
+from bench.timing import pairs, settle, stopwatch
 from llamastate import Context
 from tests import models
 
@@ -27,7 +27,9 @@ def llm(tokens):
 
 def test_save_state(benchmark, claim, ctx, blob, llm):
     take = partial(ctx.state_seq_get_data_into, blob.copy(), 0)
-    result = pairs(benchmark, take, stopwatch(llm.save_state, warm=True), rounds=31, warmup=2, begin=take)
+    result = pairs(
+        benchmark, take, stopwatch(llm.save_state, settled=True), rounds=15, warmup=1, begin=partial(settle, take)
+    )
     claim(
         3,
         "state_seq_get_data_into against llama-cpp-python's save_state",
@@ -41,8 +43,8 @@ def test_save_state(benchmark, claim, ctx, blob, llm):
 
 def test_load_state(benchmark, claim, ctx, blob, llm):
     put = partial(ctx.state_seq_set_data, blob, 0)
-    load = stopwatch(partial(llm.load_state, llm.save_state()), warm=True)
-    result = pairs(benchmark, put, load, rounds=31, warmup=2, begin=put)
+    load = stopwatch(partial(llm.load_state, llm.save_state()), settled=True)
+    result = pairs(benchmark, put, load, rounds=15, warmup=1, begin=partial(settle, put))
     claim(
         4,
         "state_seq_set_data against llama-cpp-python's load_state",
@@ -58,7 +60,9 @@ def test_attached(benchmark, claim, llm):
     """The same whole-context state of the same ``Llama`` (flash attention off, as its default is), by both."""
     with Context.attach(llm) as attached:
         take = partial(attached.state_get_data_into, np.zeros(attached.state_get_size(), np.uint8))
-        result = pairs(benchmark, take, stopwatch(llm.save_state, warm=True), rounds=31, warmup=2, begin=take)
+        result = pairs(
+            benchmark, take, stopwatch(llm.save_state, settled=True), rounds=15, warmup=1, begin=partial(settle, take)
+        )
     claim(
         21,
         "state_get_data_into on an attached Llama, against its own save_state",

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Pairs", "no_gc", "pairs", "seconds", "stopwatch"]
+__all__ = ["Pairs", "no_gc", "pairs", "seconds", "settle", "stopwatch"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,12 +60,22 @@ def no_gc() -> Iterator[None]:
             gc.enable()
 
 
-def stopwatch(function: Callable[[], object], *, warm: bool = False) -> Callable[[], float]:
-    """Turn a function into one that returns the seconds it took; with ``warm``, of the second of two calls."""
+#: Calls after which a copy of some 50 MB has reached its own pace again, when something else used the caches before.
+SETTLE = 8
+
+
+def settle(function: Callable[[], object]) -> None:
+    """Call a function, untimed, until it finds the caches as it leaves them."""
+    for _ in range(SETTLE):
+        function()
+
+
+def stopwatch(function: Callable[[], object], *, settled: bool = False) -> Callable[[], float]:
+    """Turn a function into one that returns the seconds it took; with ``settled``, after a few untimed calls."""
 
     def timed() -> float:
-        if warm:
-            function()
+        if settled:
+            settle(function)
         start = time.perf_counter()
         function()
         return time.perf_counter() - start
