@@ -9,19 +9,23 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import json
 import os
 import sys
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llamastate import _native
 from llamastate._native import handles
 from llamastate.errors import ClosedError, NativeVersionError
+from llamastate.params import ROPE_FLOATS
 
 if TYPE_CHECKING:
     from llamastate._native.handles import ContextHandle
 
-__all__ = ["borrow"]
+__all__ = ["OwnAdapter", "borrow", "note_adapters", "own_adapters"]
+
+_NOTE = "_llamastate_adapters"
 
 #: One handle, and so one lock, for each borrowed context; the key is the id of the owner's inner object.
 _borrowed: weakref.WeakValueDictionary[int, ContextHandle] = weakref.WeakValueDictionary()
@@ -82,13 +86,48 @@ def borrow(llm: Any, *, raise_if_busy: bool) -> tuple[ContextHandle, dict[str, A
         )
         _borrowed[id(inner)] = handle
         _guard(inner)
-    return handle, _params_of(llm.context_params)
+    params = _params_of(llm.context_params)
+    overrides = getattr(llm, "kv_overrides", None)
+    if overrides:
+        # metadata of the model that its file does not tell; states of the model without them do not fit
+        params["overrides"] = json.dumps(overrides, sort_keys=True, default=str)
+    return handle, params
+
+
+class OwnAdapter(NamedTuple):
+    """A LoRA that is in effect in a borrowed context: all that may be kept of it without keeping the ``Llama``."""
+
+    path: str
+    digest: str
+    scale: float
+    address: int
+
+
+def own_adapters(llm: Any) -> tuple[OwnAdapter, ...]:
+    """The LoRAs in effect: those that were set through an attachment, or else the one the ``Llama`` was made with."""
+    noted: tuple[OwnAdapter, ...] | None = vars(llm._ctx).get(_NOTE)
+    if noted is not None:
+        return noted
+    path, pointer = getattr(llm, "lora_path", None), getattr(llm, "_lora_adapter", None)
+    if not path or not pointer or not llm.lora_scale:
+        return ()
+    address = ctypes.cast(pointer, ctypes.c_void_p).value or 0
+    return (OwnAdapter(os.fsdecode(path), "", float(llm.lora_scale), address),)
+
+
+def note_adapters(llm: Any, adapters: tuple[OwnAdapter, ...]) -> None:
+    """Remember with the ``Llama`` what an attachment has set: the next one may come after this one has gone."""
+    setattr(llm._ctx, _NOTE, adapters)
 
 
 def _params_of(native: Any) -> dict[str, Any]:
-    integers = ("type_k", "type_v", "flash_attn_type", "pooling_type")
+    integers = ("type_k", "type_v", "flash_attn_type", "pooling_type", "rope_scaling_type", "yarn_orig_ctx")
     booleans = ("offload_kqv", "op_offload", "embeddings", "swa_full", "kv_unified")
-    return {**{n: int(getattr(native, n)) for n in integers}, **{n: bool(getattr(native, n)) for n in booleans}}
+    return {
+        **{n: int(getattr(native, n)) for n in integers},
+        **{n: bool(getattr(native, n)) for n in booleans},
+        **{n: float(getattr(native, n)) for n in ROPE_FLOATS},
+    }
 
 
 def _check_library() -> None:
@@ -126,7 +165,11 @@ def _guarded(function: Any, effect: str, reference: weakref.ref[Any], key: int) 
         if handle is None or handle.closed:
             return function(inner, *args, **kwargs)
         with handle:
-            result = function(inner, *args, **kwargs)
+            handle.lock_model()
+            try:
+                result = function(inner, *args, **kwargs)
+            finally:
+                handle.unlock_model()
             if effect != "reads":
                 handle.forget_outputs()
                 handle.pending_shift = effect == "shifts" or (handle.pending_shift and effect != "decodes")

@@ -11,8 +11,9 @@ import numpy.typing as npt
 
 from llamastate import lifetimes
 from llamastate._native import consts, decode, handles, memory, state
+from llamastate.adapters import AdapterAPI
 from llamastate.arrays import Int32Array, TokensLike, as_index, as_int32
-from llamastate.attach import borrow
+from llamastate.attach import borrow, own_adapters
 from llamastate.batching import Batch, output_mask
 from llamastate.errors import (
     ContextCreateError,
@@ -25,7 +26,6 @@ from llamastate.errors import (
 from llamastate.model import Model
 from llamastate.params import I32, MAX_BATCH, MAX_UBATCH, all_cores, bounded, choice, rope_params
 from llamastate.probe import check_memory
-from llamastate.sequences import SequenceAPI
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 __all__ = ["Context"]
 
 
-class Context(SequenceAPI):
+class Context(AdapterAPI):
     """The memory of a model (``llama_context``): what has been decoded, by sequence.
 
     Parameters
@@ -181,6 +181,7 @@ yarn_beta_slow, yarn_orig_ctx
         self._handle, self._params = borrow(llm, raise_if_busy=raise_if_busy)
         self._owner = llm
         self.model = Model._from_handle(handles.handle_model(self._handle), getattr(llm, "model_path", None))
+        self._record_adapters(own_adapters(llm))
         lifetimes.contexts.add(self)
         return self
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 __all__ = [
+    "AdapterLoadError",
     "BadMagicError",
     "BufferTooSmallError",
     "ClosedError",
@@ -24,6 +25,7 @@ __all__ = [
     "DecodeError",
     "FileAccessError",
     "FingerprintMismatchError",
+    "FingerprintUnavailableError",
     "HeadMovedError",
     "InsufficientMaxTokensError",
     "InvalidBatchError",
@@ -44,6 +46,7 @@ __all__ = [
     "PendingUpdateError",
     "SamplerError",
     "SaveError",
+    "SequencesNotEmptyError",
     "SessionNameError",
     "SessionNotFoundError",
     "StateError",
@@ -52,6 +55,7 @@ __all__ = [
     "StoreLockedError",
     "TemplateError",
     "TokenizeError",
+    "TokensMismatchError",
     "UnsupportedLayoutError",
     "VersionMismatchError",
 ]
@@ -110,6 +114,22 @@ class ModelLoadError(LlamaStateError, OSError):
     fields: ClassVar[tuple[str, ...]] = ("path", "reason")
     path: str | None
     reason: str | None
+
+
+class AdapterLoadError(LlamaStateError, OSError):
+    """A LoRA adapter could not be loaded, or does not fit the model. ``reason`` says why."""
+
+    fields: ClassVar[tuple[str, ...]] = ("path", "reason")
+    path: str | None
+    reason: str | None
+
+
+class SequencesNotEmptyError(LlamaStateError, RuntimeError):
+    """An operation that would make states wrong while some are held. ``sequences`` are those that hold some."""
+
+    fields: ClassVar[tuple[str, ...]] = ("operation", "sequences")
+    operation: str | None
+    sequences: tuple[int, ...] | None
 
 
 class ContextCreateError(LlamaStateError, RuntimeError):
@@ -323,6 +343,23 @@ class FingerprintMismatchError(LoadError):
     field: str | None
     expected: Any
     found: Any
+
+
+class FingerprintUnavailableError(StateError, RuntimeError):
+    """What a state depends on cannot be told: the model's file is gone, changed since it was loaded, or never was one."""
+
+    fields: ClassVar[tuple[str, ...]] = ("path", "reason")
+    path: str | None
+    reason: str | None
+
+
+class TokensMismatchError(StateError, ValueError):
+    """Tokens and a sequence are not in step: ``n_tokens`` given, positions ``pos_min`` to ``pos_max`` held."""
+
+    fields: ClassVar[tuple[str, ...]] = ("n_tokens", "pos_min", "pos_max")
+    n_tokens: int | None
+    pos_min: int | None
+    pos_max: int | None
 
 
 class InsufficientMaxTokensError(LoadError):

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llamastate import _native, chat, lifetimes
+from llamastate import _native, chat, gguf, lifetimes
 from llamastate._native import handles, vocab
 from llamastate._native._amx import is_miscompiled
 from llamastate.arrays import Int32Array, TokensLike, as_index, as_tokens
-from llamastate.errors import ModelLoadError, TemplateError, TokenizeError
+from llamastate.errors import FingerprintUnavailableError, ModelLoadError, TemplateError, TokenizeError
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -82,8 +82,10 @@ class Model:
             self.path: str | None = os.fsdecode(path)
         except TypeError as error:
             raise ModelLoadError(f"cannot load a model: {error}", reason="not a path") from None
+        raw = _check_file(self.path)
+        self._stamps = _stamps(self.path)
         self._handle = handles.load_model(
-            _check_file(self.path),
+            raw,
             n_gpu_layers=n_gpu_layers,
             use_mmap=use_mmap,
             use_mlock=use_mlock,
@@ -99,6 +101,7 @@ class Model:
     def _from_handle(cls, handle: handles.ModelHandle, path: str | None) -> Self:
         self = cls.__new__(cls)
         self.path = path
+        self._stamps = _stamps(path)
         self._handle = handle
         self._n_gpu_layers = -1  # nobody knows; it may have some
         self._prepare()
@@ -200,6 +203,26 @@ class Model:
     def meta(self) -> Mapping[str, str]:
         """The GGUF's scalar metadata, as text."""
         return MappingProxyType(vocab.meta(self._handle))
+
+    @property
+    def identity(self) -> gguf.Identity:
+        """Which weights these are, by content: part of every fingerprint (:mod:`llamastate.gguf`).
+
+        Raises
+        ------
+        FingerprintUnavailableError
+            The file is gone, or not the one any more that was loaded.
+        """
+        if self.path is None or self._stamps is None:
+            raise FingerprintUnavailableError("the model comes from no file", path=self.path, reason="no file")
+        try:
+            # remembered by what the file was when it was loaded, so this also serves after it has been deleted
+            return gguf.identify(self.path, self._stamps)
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            raise FingerprintUnavailableError(
+                f"cannot tell what {self.path!r} holds: {reason}", path=self.path, reason=reason
+            ) from None
 
     @property
     def arch(self) -> str:
@@ -362,6 +385,13 @@ class Model:
 
     def _text_of(self, token: int) -> str:
         return "" if token < 0 else self.token_to_piece(token, special=True).decode("utf-8", "replace")
+
+
+def _stamps(path: str | None) -> gguf.Stamps | None:
+    try:
+        return None if path is None else gguf.stamps_of(path)
+    except (OSError, ValueError):
+        return None
 
 
 def _check_file(path: str) -> bytes:

@@ -22,7 +22,8 @@ MAX_UBATCH = 1 << 18
 
 _FLOAT_MAX = float(np.finfo(np.float32).max)
 
-_ROPE_FLOATS = frozenset(
+#: Positional-encoding parameters that are real numbers.
+ROPE_FLOATS = frozenset(
     {
         "rope_freq_base",
         "rope_freq_scale",
@@ -65,7 +66,7 @@ def rope_params(given: dict[str, Any]) -> dict[str, Any]:
             params[name] = choice(name, value, consts.ROPE_SCALING)
         elif name == "yarn_orig_ctx":
             params[name] = bounded(name, value, 0, U32)
-        elif name in _ROPE_FLOATS:
+        elif name in ROPE_FLOATS:
             try:
                 params[name] = float(value)
             except (TypeError, ValueError, OverflowError):

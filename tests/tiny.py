@@ -261,10 +261,7 @@ class Builder:
         self.writer.add_rope_dimension_sections([pairs - 2 * share, share, share, 0])
 
     def close(self) -> None:
-        self.writer.write_header_to_file()
-        self.writer.write_kv_data_to_file()
-        self.writer.write_tensors_to_file()
-        self.writer.close()
+        write(self.writer)
 
 
 # --- architectures --------------------------------------------------------------------------------------------------
@@ -467,6 +464,68 @@ def path(name: str, cache_dir: str | os.PathLike[str] | None = None, **variant: 
             model.build(unfinished, shape).close()
             unfinished.replace(file)
     return file
+
+
+def lora(
+    name: str,
+    cache_dir: str | os.PathLike[str] | None = None,
+    *,
+    lora_seed: int = 0,
+    rank: int = 4,
+    alpha: float = 8.0,
+    targets: Sequence[str] = ("blk.0.attn_q.weight", "blk.1.ffn_down.weight"),
+    **variant: object,
+) -> Path:
+    """Return a LoRA for the model that :func:`path` gives for the same arguments, strong enough to change every logit.
+
+    Parameters
+    ----------
+    lora_seed : int
+        Other weights in the same shapes.
+    rank, alpha : int, float
+        As in any LoRA: what is added is ``alpha / rank`` times the product.
+    targets : sequence of str
+        Tensors of the model that it adds to.
+    """
+    base = path(name, cache_dir, **variant)
+    key = f"{base.name} {lora_seed} {rank} {alpha} {targets}"
+    file = base.with_name(f"lora-{name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.gguf")
+    if not file.exists():
+        shapes = {t.name: [int(n) for n in t.shape] for t in gguf.GGUFReader(base).tensors}
+        with tempfile.TemporaryDirectory(dir=base.parent) as scratch:
+            unfinished = Path(scratch, file.name)
+            writer = lora_writer(unfinished, gguf_arch(base), alpha)
+            for target in targets:
+                rng = np.random.default_rng([lora_seed, zlib.crc32(target.encode())])
+                n_in, n_out = shapes[target][:2]
+                pair = (rng.standard_normal((rank, n_in)) / np.sqrt(n_in), 0.3 * rng.standard_normal((n_out, rank)))
+                for part, data in zip("ab", pair, strict=True):
+                    writer.add_tensor(f"{target}.lora_{part}", np.ascontiguousarray(data, np.float32))
+            write(writer)
+            unfinished.replace(file)
+    return file
+
+
+def gguf_arch(file: Path) -> str:
+    """``general.architecture`` of a model."""
+    return str(gguf.GGUFReader(file).fields["general.architecture"].contents())
+
+
+def lora_writer(file: Path, arch: str, alpha: float = 8.0) -> gguf.GGUFWriter:
+    """A file that says that it is a LoRA, without tensors yet."""
+    writer = gguf.GGUFWriter(file, arch)
+    writer.add_type("adapter")
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", alpha)
+    return writer
+
+
+def write(writer: gguf.GGUFWriter) -> None:
+    """Write all of a file."""
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 @functools.cache

@@ -12,7 +12,7 @@ from libcpp.vector cimport vector
 
 from llamastate._native cimport llama as c
 from llamastate._native import log
-from llamastate._native.handles cimport ContextHandle
+from llamastate._native.handles cimport ContextHandle, _ModelPtr
 from llamastate.errors import (
     ContextBusyError,
     DecodeAbortedError,
@@ -116,6 +116,7 @@ def decode(ContextHandle h, const int32_t[::1] tokens, const int32_t[::1] pos, c
     cdef vector[int8_t] flags
     cdef int8_t wanted
     cdef c.llama_batch batch
+    cdef _ModelPtr model
     if pos.shape[0] != n or n_seq_id.shape[0] != n or outputs.shape[0] != n:
         raise bad("its arrays differ in length", n)
     h.enter("decode")
@@ -146,12 +147,17 @@ def decode(ContextHandle h, const int32_t[::1] tokens, const int32_t[::1] pos, c
         h.n_outputs = 0
         h.outputs.clear()
         log.clear_errors()
+        model = h._model
         try:
             with nogil:
-                code = c.llama_decode(h.ptr, batch)
-                if code == 0:
-                    # a GPU still computes; its errors and its time belong to this call
-                    c.llama_synchronize(h.ptr)
+                model.adapters_lock.lock_shared()
+                try:
+                    code = c.llama_decode(h.ptr, batch)
+                    if code == 0:
+                        # a GPU still computes; its errors and its time belong to this call
+                        c.llama_synchronize(h.ptr)
+                finally:
+                    model.adapters_lock.unlock_shared()
         except (RuntimeError, MemoryError, IndexError, ValueError) as error:
             raise DecodeError(f"decoding {n} tokens: {error}", code=-3, n_tokens=n) from None
         h.outputs_reserved = max(h.outputs_reserved, n_out)

@@ -1,8 +1,23 @@
 from cpython.pythread cimport PyThread_type_lock
 from libc.stdint cimport int8_t, int32_t, uint64_t
+from libcpp cimport bool as cbool
 from libcpp.vector cimport vector
 
-from llamastate._native.llama cimport llama_context, llama_memory_t, llama_model, llama_vocab
+from llamastate._native.llama cimport (
+    llama_adapter_lora,
+    llama_context,
+    llama_memory_t,
+    llama_model,
+    llama_vocab,
+)
+
+cdef extern from "<shared_mutex>" namespace "std" nogil:
+    cdef cppclass shared_mutex:
+        void lock()
+        cbool try_lock()
+        void unlock()
+        void lock_shared()
+        void unlock_shared()
 
 
 cdef class Lockable:
@@ -17,6 +32,12 @@ cdef class Lockable:
 cdef class _ModelPtr:
     cdef llama_model * ptr
     cdef object keep
+    # A model keeps a set of its adapters, which llama.cpp walks (unguarded) when a context reserves its graphs. Whoever
+    # may make it do so holds this shared, whoever adds or frees an adapter holds it alone. Never wait for it, or for the
+    # GIL while holding it alone, with the GIL held.
+    cdef shared_mutex adapters_lock
+    # Adapters that were let go while the lock was taken; freed with the next one, or by the model.
+    cdef vector[llama_adapter_lora *] discarded
 
 
 cdef class ModelHandle:
@@ -64,6 +85,10 @@ cdef class ContextHandle(Lockable):
     # ON_DEVICE blobs that are still good: source sequence -> (flags, digest). Kept here because a borrowed context has
     # one handle however often it is attached.
     cdef readonly dict on_device
+    # The adapters in effect, ((Adapter, scale), ...), and what keeps their memory: closing an Adapter gives up its own
+    # claim only. Here because a borrowed context has one handle however often it is attached.
+    cdef readonly tuple adapters
+    cdef object _adapter_claims
     cdef bint close_pending
     cdef int enter(self, str operation) except -1
     cdef int32_t seq(self, seq_id) except -1

@@ -191,6 +191,8 @@ cdef class ContextHandle(Lockable):
             c.llama_free(self.ptr)
         self.ptr = NULL
         self.mem = NULL
+        self.adapters = ()
+        self._adapter_claims = None
         self._model = None
 
     cdef int enter(self, str operation) except -1:
@@ -255,6 +257,47 @@ cdef class ContextHandle(Lockable):
                     self.outputs[i] = 2
         finally:
             self.release()
+
+    def last_output(self, seq_id):
+        """Batch index of the logits that follow the last token of a sequence, for ``Context.logits``.
+
+        Raises
+        ------
+        LogitsUnavailableError
+            The last decode did not have that sequence, or put out nothing for its last token, or the sequence has been
+            changed since.
+        """
+        cdef size_t i, j, at = 0
+        cdef long found = -1
+        cdef int32_t seq
+        self.enter("last_output")
+        try:
+            seq = self.seq(seq_id)
+            for i in range(self.outputs.size()):
+                for j in range(<size_t> self.output_n_seq[i]):
+                    if self.output_seqs[at + j] == seq:
+                        found = <long> i
+                at += self.output_n_seq[i]
+            if found < 0 or self.outputs[found] != 1:
+                raise LogitsUnavailableError(
+                    f"no logits for the last token of sequence {seq}", index=None if found < 0 else found,
+                    n_outputs=self.n_outputs,
+                )
+            return found
+        finally:
+            self.release()
+
+    def lock_model(self):
+        """Keep adapters of the model from being loaded or freed until :meth:`unlock_model`, by the same thread."""
+        cdef _ModelPtr model = self._model
+        if model is None:
+            raise ClosedError("the context is closed", what="context")
+        with nogil:
+            model.adapters_lock.lock_shared()
+
+    def unlock_model(self):
+        """Undo :meth:`lock_model`."""
+        self._model.adapters_lock.unlock_shared()
 
     def __enter__(self):
         self.enter("context")
@@ -327,6 +370,7 @@ cdef ContextHandle _wrap_context(c.llama_context * ptr, _ModelPtr model, bint ra
     h.causal = c.llama_get_causal_attn(ptr)
     h.outputs_reserved = h.n_seq_max
     h.on_device = {}
+    h.adapters = ()
     return h
 
 
@@ -385,7 +429,11 @@ def create_context(ModelHandle model, dict params, *, bint raise_if_busy):
     log.clear_errors()
     try:
         with nogil:
-            ptr = c.llama_init_from_model(m, p)
+            keep.adapters_lock.lock_shared()
+            try:
+                ptr = c.llama_init_from_model(m, p)
+            finally:
+                keep.adapters_lock.unlock_shared()
     except (RuntimeError, IndexError, MemoryError, ValueError, OverflowError) as error:
         raise ContextCreateError(f"cannot make a context: {error}", params=params, reason=str(error)) from None
     if ptr == NULL:

@@ -1,0 +1,3 @@
+from typing import Any
+
+def skip_strings(data: Any, at: int, count: int) -> int: ...
