@@ -202,7 +202,10 @@ class SequenceAPI(StateAPI):
     def _movable(self, seq_id: int, p0: int, p1: int) -> tuple[int, int]:
         """Return the smallest and largest position of a range that is there, or refuse a model that cannot shift."""
         low, high = self._span(seq_id)
-        if self._handle.m_rope or not memory.can_shift(self._handle):
+        # To shift a cache without layers (all others have a window, say) llama.cpp makes an input that nothing reads, and
+        # aborts when it comes to fill it in.
+        hollow = any(isinstance(part, layout.KVSchema) and not part.k for part in self.schema.parts)
+        if self._handle.m_rope or hollow or not memory.can_shift(self._handle):
             raise InvalidPositionError("this model's positions cannot be moved", reason="no shift", value=(p0, p1))
         return max(0 if self.model.memory_kind == "iswa" else low, p0), high if p1 < 0 else min(high, p1 - 1)
 
