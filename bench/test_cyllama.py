@@ -43,7 +43,7 @@ class Peer:
         return dict(json.loads(answer))
 
     def seconds(self, operation: str) -> float:
-        """Seconds of one call after a few untimed ones, as for the other side."""
+        """Seconds of one call after untimed ones, as for the other side."""
         settle(partial(self.ask, operation))
         return float(str(self.ask(operation)["seconds"]))
 

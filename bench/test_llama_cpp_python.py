@@ -1,6 +1,6 @@
 """Against ``Llama.save_state`` and ``load_state``, with its own defaults, in the same process.
 
-Each side is timed after a few untimed calls of its own: neither pays for what the other has left in the caches.
+Each side is timed after untimed calls of its own for as long: neither pays for what the other has left in the caches.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def llm(tokens):
 def test_save_state(benchmark, claim, ctx, blob, llm):
     take = partial(ctx.state_seq_get_data_into, blob.copy(), 0)
     result = pairs(
-        benchmark, take, stopwatch(llm.save_state, settled=True), rounds=15, warmup=1, begin=partial(settle, take)
+        benchmark, take, stopwatch(llm.save_state, settled=True), rounds=21, warmup=1, begin=partial(settle, take)
     )
     claim(
         3,
@@ -44,7 +44,7 @@ def test_save_state(benchmark, claim, ctx, blob, llm):
 def test_load_state(benchmark, claim, ctx, blob, llm):
     put = partial(ctx.state_seq_set_data, blob, 0)
     load = stopwatch(partial(llm.load_state, llm.save_state()), settled=True)
-    result = pairs(benchmark, put, load, rounds=15, warmup=1, begin=partial(settle, put))
+    result = pairs(benchmark, put, load, rounds=21, warmup=1, begin=partial(settle, put))
     claim(
         4,
         "state_seq_set_data against llama-cpp-python's load_state",
@@ -61,7 +61,7 @@ def test_attached(benchmark, claim, llm):
     with Context.attach(llm) as attached:
         take = partial(attached.state_get_data_into, np.zeros(attached.state_get_size(), np.uint8))
         result = pairs(
-            benchmark, take, stopwatch(llm.save_state, settled=True), rounds=15, warmup=1, begin=partial(settle, take)
+            benchmark, take, stopwatch(llm.save_state, settled=True), rounds=21, warmup=1, begin=partial(settle, take)
         )
     claim(
         21,

@@ -60,18 +60,19 @@ def no_gc() -> Iterator[None]:
             gc.enable()
 
 
-#: Calls after which a copy of some 50 MB has reached its own pace again, when something else used the caches before.
-SETTLE = 8
+#: Seconds after which a copy of some 50 MB has reached its own pace, when something else used the caches before.
+SETTLE = 0.15
 
 
 def settle(function: Callable[[], object]) -> None:
-    """Call a function, untimed, until it finds the caches as it leaves them."""
-    for _ in range(SETTLE):
+    """Call a function, untimed, until it finds the machine as it leaves it."""
+    end = time.perf_counter() + SETTLE
+    while time.perf_counter() < end:
         function()
 
 
 def stopwatch(function: Callable[[], object], *, settled: bool = False) -> Callable[[], float]:
-    """Turn a function into one that returns the seconds it took; with ``settled``, after a few untimed calls."""
+    """Turn a function into one that returns the seconds it took; with ``settled``, after untimed calls."""
 
     def timed() -> float:
         if settled:
