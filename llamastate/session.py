@@ -1,0 +1,484 @@
+"""One conversation: its tokens and the sequence that holds their state, always in step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
+
+import numpy as np
+import numpy.typing as npt
+
+from llamastate.arrays import Int32Array, TokensLike, as_index, as_tokens
+from llamastate.errors import HistoryError, InvalidSequenceError
+from llamastate.history import Checkpoint, History
+from llamastate.sampler import Sampler
+from llamastate.sessioncore import SessionCore, common_prefix, count
+from llamastate.textstream import TextStream
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from llamastate.context import Context
+
+__all__ = ["Completion", "Session", "SyncResult"]
+
+
+class SyncResult(NamedTuple):
+    """What it took to make a sequence hold given tokens.
+
+    Attributes
+    ----------
+    reused : int
+        Tokens whose state was there.
+    replayed : int
+        Of those, how many had to be decoded again, because the state could not be trimmed to them.
+    decoded : int
+        New tokens.
+    """
+
+    reused: int
+    replayed: int
+    decoded: int
+
+
+class Completion(str):
+    """Generated text, and how it came to be.
+
+    Attributes
+    ----------
+    tokens : tuple of int
+        What was generated and is now in the session. The text can be shorter: it ends before a stop string.
+    finish_reason : {"length", "stop", "eog"}
+        The limit was reached, a stop string was met, or the model ended.
+    """
+
+    __slots__ = ("finish_reason", "tokens")
+    tokens: tuple[int, ...]
+    finish_reason: str
+
+    def __new__(cls, text: str, tokens: Sequence[int] = (), finish_reason: str = "length") -> Self:
+        """Make one from its parts."""
+        self = super().__new__(cls, text)
+        self.tokens = tuple(tokens)
+        self.finish_reason = finish_reason
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Completion, (str(self), self.tokens, self.finish_reason)
+
+
+class Session(SessionCore):
+    """One conversation in one sequence of a context.
+
+    Parameters
+    ----------
+    ctx : Context
+    seq_id : int
+        The sequence, which is the session's alone from now on.
+    tokens : array-like of int
+        What the sequence holds already. It has to be empty otherwise.
+    checkpoint_every : int
+        Automatic checkpoints every so many tokens, where going back needs them (sliding windows, recurrent and hybrid
+        models); it bounds what :meth:`rollback` decodes again. 0 for none.
+    max_checkpoints, max_checkpoint_bytes : int
+        How many states checkpoints may keep, and how many bytes. Past that old ones get sparser.
+
+    Raises
+    ------
+    SequenceChangedError
+        The sequence does not hold as many tokens as were given.
+
+    Notes
+    -----
+    After every call the sequence holds exactly :attr:`tokens`, also after a call that failed. Threads take turns.
+
+    Examples
+    --------
+    >>> session = Session(ctx)  # doctest: +SKIP
+    >>> session.feed("Once upon a time")  # doctest: +SKIP
+    4
+    >>> before = session.checkpoint()  # doctest: +SKIP
+    >>> session.generate(16)  # doctest: +SKIP
+    ', there was a king ...'
+    >>> session.undo()  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        ctx: Context,
+        seq_id: int = 0,
+        *,
+        tokens: TokensLike = (),
+        checkpoint_every: int = 512,
+        max_checkpoints: int = 32,
+        max_checkpoint_bytes: int = 256 << 20,
+    ) -> None:
+        super().__init__(
+            ctx,
+            seq_id,
+            tokens,
+            checkpoint_every=checkpoint_every,
+            max_checkpoints=max_checkpoints,
+            max_checkpoint_bytes=max_checkpoint_bytes,
+        )
+        self._check_step()
+
+    # --- facts --------------------------------------------------------------------------------------------------------
+
+    @property
+    def tokens(self) -> Int32Array:
+        """Everything that the sequence holds, int32[n]. Read-only."""
+        view = self._tokens[:]
+        view.flags.writeable = False
+        return view
+
+    @property
+    def text(self) -> str:
+        """The tokens as text, control tokens written out."""
+        return self.ctx.model.detokenize(self._tokens, unparse_special=True)
+
+    @property
+    def checkpoints(self) -> tuple[Checkpoint, ...]:
+        """The checkpoints that the caller made, oldest first."""
+        return self._history.named()
+
+    @property
+    def history(self) -> History:
+        """All checkpoints, the automatic ones too, and what they take."""
+        return self._history
+
+    @property
+    def logits(self) -> npt.NDArray[np.float32]:
+        """Logits after the last token, float32[n_vocab], a copy.
+
+        Raises
+        ------
+        LogitsUnavailableError
+            The session is empty.
+
+        Notes
+        -----
+        A restore or a trim leaves none behind; the last token is decoded again then.
+        """
+        with self._lock:
+            self._need_logits()
+            return self._logits.copy()
+
+    def __repr__(self) -> str:
+        return f"<llamastate.Session seq_id={self.seq_id}, {self.n_past} tokens, {len(self.checkpoints)} checkpoints>"
+
+    # --- going on -----------------------------------------------------------------------------------------------------
+
+    def feed(self, text_or_tokens: str | TokensLike, *, parse_special: bool = False) -> int:
+        """Append text or tokens.
+
+        Parameters
+        ----------
+        text_or_tokens : str or array-like of int
+            Text gets a BOS token where the model wants one, if the session is empty.
+        parse_special : bool
+            Read ``<|im_start|>`` and the like in text as control tokens.
+
+        Returns
+        -------
+        int
+            How many tokens were decoded.
+
+        Raises
+        ------
+        NoKVSlotError, DecodeError, TokenizeError
+            The session is as it was.
+        """
+        with self._lock:
+            ids = self._ids(text_or_tokens, parse_special)
+            if not len(ids):
+                return 0
+            self._check_step()
+            with self._all_or_nothing():
+                self._forget_future()
+                self._advance(ids)
+            return len(ids)
+
+    def sync(self, tokens: TokensLike) -> SyncResult:
+        """Make the sequence hold exactly these tokens, reusing what it shares with them from the beginning on.
+
+        Parameters
+        ----------
+        tokens : array-like of int
+
+        Returns
+        -------
+        SyncResult
+
+        Raises
+        ------
+        NoKVSlotError, DecodeError, TokenizeError
+            The session is as it was.
+        """
+        with self._lock:
+            ids = as_tokens(tokens, self.ctx.model.n_vocab)
+            self._check_step()
+            shared = common_prefix(self._tokens, ids)
+            old = self._tokens
+            # A tail that can be trimmed can also be decoded again, should the new one fail; else keep what there is.
+            kept = None if self._can_trim(shared) else self._keep()
+            replayed = self._go_back(shared)
+            try:
+                with self._all_or_nothing():
+                    self._forget_future()
+                    if shared < len(ids):
+                        self._advance(ids[shared:])
+            except BaseException:
+                if kept is not None:
+                    self._put_back(kept)
+                elif shared < len(old):
+                    self._advance(old[shared:])
+                raise
+            return SyncResult(shared, replayed, len(ids) - shared)
+
+    @overload
+    def generate(
+        self,
+        max_tokens: int,
+        *,
+        sampler: Sampler | None = None,
+        stop: str | Sequence[str] = (),
+        stream: Literal[False] = False,
+    ) -> Completion: ...
+    @overload
+    def generate(
+        self,
+        max_tokens: int,
+        *,
+        sampler: Sampler | None = None,
+        stop: str | Sequence[str] = (),
+        stream: Literal[True],
+    ) -> Iterator[str]: ...
+    def generate(
+        self,
+        max_tokens: int,
+        *,
+        sampler: Sampler | None = None,
+        stop: str | Sequence[str] = (),
+        stream: bool = False,
+    ) -> Completion | Iterator[str]:
+        """Let the model go on.
+
+        Parameters
+        ----------
+        max_tokens : int
+            At most.
+        sampler : Sampler, optional
+            How to choose; greedily if not given.
+        stop : str or sequence of str
+            The text ends before the first of these, also where it straddles tokens. The tokens that spelt it stay in
+            the session.
+        stream : bool
+            Give an iterator of pieces of text, each of whole characters, instead of all at the end. An iterator that is
+            given up leaves a session that is in step.
+
+        Returns
+        -------
+        Completion or iterator of str
+
+        Raises
+        ------
+        LogitsUnavailableError
+            The session is empty: there is nothing to go on from.
+        NoKVSlotError
+            The context is full; what was generated before stays.
+        SamplerError
+            No token is left to choose.
+        """
+        limit = count("max_tokens", max_tokens)
+        text = TextStream((stop,) if isinstance(stop, str) else tuple(stop))
+        made: list[int] = []
+        pieces = self._pieces(limit, sampler, text, made)
+        if stream:
+            return pieces
+        whole = "".join(pieces)
+        reason = "stop" if text.stopped is not None else "length" if len(made) == limit else "eog"
+        return Completion(whole, made, reason)
+
+    def _pieces(self, limit: int, sampler: Sampler | None, text: TextStream, made: list[int]) -> Iterator[str]:
+        model = self.ctx.model
+        with self._lock:
+            self._check_step()
+            if limit:
+                self._need_logits()
+        while len(made) < limit and text.stopped is None:
+            with self._lock:
+                self._check_step()
+                self._need_logits()
+                token = int(self._logits.argmax()) if sampler is None else sampler.sample_logits(self._logits)
+                if model.is_eog(token):
+                    break
+                with self._all_or_nothing():
+                    self._forget_future()
+                    self._advance(np.array([token], np.int32))
+                made.append(token)
+            if model.has_vocab and (piece := text.push(model.token_to_piece(token))):
+                yield piece
+        if rest := text.finish():
+            yield rest
+        with self._lock:
+            self._anchor()
+
+    # --- going back ---------------------------------------------------------------------------------------------------
+
+    def checkpoint(self, label: str | None = None, *, full: bool = False) -> Checkpoint:
+        """Remember this point.
+
+        Parameters
+        ----------
+        label : str, optional
+        full : bool
+            Keep the whole state, so that the way back and forth never decodes anything, at the price of its bytes.
+
+        Returns
+        -------
+        Checkpoint
+
+        Notes
+        -----
+        With full attention it is a number. With a sliding window, a recurrent state or both it copies what cannot be
+        trimmed, and the logits.
+        """
+        with self._lock:
+            self._check_step()
+            point = Checkpoint(self.n_past, label)
+            self._keep_state(point, full=full)
+            self._history.add(point, n_past=self.n_past)
+            return point
+
+    def undo(self, n: int = 1) -> int:
+        """Go back ``n`` checkpoints.
+
+        Returns
+        -------
+        int
+            How many tokens had to be decoded again (``replayed``).
+
+        Raises
+        ------
+        HistoryError
+            There are fewer; nothing has changed.
+        """
+        with self._lock:
+            self._check_step()
+            steps = as_index(n, "n", HistoryError)
+            targets = [self._history.undo_target(i, self.n_past) for i in range(1, steps + 1)]
+            if not targets:
+                raise HistoryError(f"cannot undo {steps} steps", asked=steps, available=len(self.checkpoints))
+            undone = [self._tokens, *(self._tokens[: t.n_tokens] for t in targets[:-1])]
+            replayed = self._go_back(targets[-1].n_tokens)
+            self._redo.extend(undone)
+            return replayed
+
+    def redo(self, n: int = 1) -> int:
+        """Take ``n`` undone steps back. Feeding or generating ends that possibility.
+
+        Returns
+        -------
+        int
+            How many tokens had to be decoded again (``replayed``).
+
+        Raises
+        ------
+        HistoryError
+            There are fewer; nothing has changed.
+        """
+        with self._lock:
+            self._check_step()
+            steps = as_index(n, "n", HistoryError)
+            if not 1 <= steps <= len(self._redo):
+                raise HistoryError(
+                    f"cannot redo {steps} steps: there are {len(self._redo)}", asked=steps, available=len(self._redo)
+                )
+            tokens = self._redo[-steps]
+            replayed = self._carry_out(self._history.plan_forward(len(tokens), n_past=self.n_past), tokens)
+            del self._redo[-steps:]
+            return replayed
+
+    def rollback(self, target: Checkpoint | int) -> int:
+        """Go back to a checkpoint, or to a number of tokens.
+
+        Parameters
+        ----------
+        target : Checkpoint or int
+            Not past the present.
+
+        Returns
+        -------
+        int
+            How many tokens had to be decoded again (``replayed``).
+
+        Raises
+        ------
+        HistoryError
+            There is no such point; nothing has changed.
+        """
+        with self._lock:
+            self._check_step()
+            if isinstance(target, Checkpoint):
+                if target not in list(self._history):
+                    raise HistoryError("no checkpoint of this session", asked=target, available=len(self.checkpoints))
+                n_tokens = target.n_tokens
+            else:
+                n_tokens = as_index(target, "target", HistoryError)
+            if not 0 <= n_tokens <= self.n_past:
+                raise HistoryError(
+                    f"cannot go back to {n_tokens} tokens: there are {self.n_past}",
+                    asked=n_tokens,
+                    available=self.n_past,
+                )
+            replayed = self._go_back(n_tokens)
+            self._forget_future()
+            return replayed
+
+    def branch(self, dest_seq_id: int) -> Session:
+        """Continue in another sequence as well, from here.
+
+        Parameters
+        ----------
+        dest_seq_id : int
+            An empty sequence of the same context.
+
+        Returns
+        -------
+        Session
+            With the same tokens and checkpoints. In a unified cache both share the cells; neither disturbs the other.
+
+        Raises
+        ------
+        InvalidSequenceError
+            It is not empty, or does not exist.
+        """
+        with self._lock, self.ctx._handle:
+            self._check_step()
+            if self.ctx.seq_pos_max(dest_seq_id) >= 0:
+                raise InvalidSequenceError(
+                    f"sequence {dest_seq_id} is not empty", seq_id=dest_seq_id, n_seq_max=self.ctx.n_seq_max
+                )
+            self.ctx.seq_cp(self.seq_id, dest_seq_id)
+            other = self._twin(dest_seq_id)
+            other._tokens = self._tokens
+            other._history = self._history.copy()
+            other._logits, other._has_logits = self._logits.copy(), self._has_logits
+            other._check_step()
+            return other
+
+    def _forget_future(self) -> None:
+        """Other tokens take the place of what was undone: neither redo nor checkpoints lead there any more."""
+        self._redo.clear()
+        self._history.drop_after(self.n_past)
+
+    def _twin(self, seq_id: int) -> Session:
+        return Session(
+            self.ctx,
+            seq_id,
+            tokens=self._tokens,
+            checkpoint_every=self._every,
+            max_checkpoints=self._history._max_checkpoints,
+            max_checkpoint_bytes=self._history._max_bytes,
+        )

@@ -1,0 +1,293 @@
+"""What a session does to its sequence: going on, going back, and putting back what a failure has undone."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from llamastate._native import decode as native_decode
+from llamastate.arrays import Int32Array, TokensLike, as_index, as_tokens
+from llamastate.errors import (
+    InvalidArgumentError,
+    InvalidSequenceError,
+    LlamaStateError,
+    LogitsUnavailableError,
+    NoKVSlotError,
+    SequenceChangedError,
+    TokenizeError,
+)
+from llamastate.exactness import can_trim
+from llamastate.flags import SeqFlags
+from llamastate.history import Checkpoint, History, Plan
+
+if TYPE_CHECKING:
+    from llamastate.context import Context
+
+__all__ = ["SessionCore", "common_prefix", "count"]
+
+
+class Kept(NamedTuple):
+    """All that a failed operation needs to be undone."""
+
+    tokens: Int32Array
+    state: npt.NDArray[np.uint8]
+    logits: npt.NDArray[np.float32] | None
+
+
+class SessionCore:
+    """Tokens, checkpoints and logits of one sequence, and the steps that change them. Not made directly."""
+
+    def __init__(
+        self,
+        ctx: Context,
+        seq_id: int,
+        tokens: TokensLike,
+        *,
+        checkpoint_every: int,
+        max_checkpoints: int,
+        max_checkpoint_bytes: int,
+    ) -> None:
+        self.ctx = ctx
+        self.seq_id = as_index(seq_id, "seq_id", InvalidSequenceError)
+        self._every = count("checkpoint_every", checkpoint_every)
+        self._lock = threading.RLock()
+        self._tokens = as_tokens(tokens, ctx.model.n_vocab)
+        self._logits = np.empty(ctx.model.n_vocab, np.float32)
+        self._has_logits = False
+        # What undo has taken back, the last one last: all tokens of that moment.
+        self._redo: list[Int32Array] = []
+        self._history = History(
+            ctx.model.memory_kind,
+            ctx.model.n_swa,
+            max_checkpoints=count("max_checkpoints", max_checkpoints),
+            max_bytes=count("max_checkpoint_bytes", max_checkpoint_bytes),
+        )
+
+    @property
+    def n_past(self) -> int:
+        """How many tokens the sequence holds: the position of the next."""
+        return len(self._tokens)
+
+    def _check_step(self) -> None:
+        """Make sure that nobody else has touched the sequence."""
+        found = self.ctx.seq_pos_max(self.seq_id) + 1
+        if found != self.n_past:
+            raise SequenceChangedError(
+                f"sequence {self.seq_id} holds {found} tokens, the session {self.n_past}",
+                seq_id=self.seq_id,
+                expected=self.n_past,
+                found=found,
+            )
+
+    @contextlib.contextmanager
+    def _all_or_nothing(self) -> Iterator[None]:
+        """Keep checkpoints and the redo list as they are if the block fails."""
+        points, redo = list(self._history), list(self._redo)
+        try:
+            yield
+        except BaseException:
+            self._history.replace(points)
+            self._redo = redo
+            raise
+
+    def _ids(self, text_or_tokens: str | TokensLike, parse_special: bool) -> Int32Array:
+        if isinstance(text_or_tokens, bytes):
+            raise TokenizeError("text is bytes, not str", reason="not text")
+        if isinstance(text_or_tokens, str):
+            return self.ctx.model.tokenize(text_or_tokens, add_special=not self.n_past, parse_special=parse_special)
+        return as_tokens(text_or_tokens, self.ctx.model.n_vocab)
+
+    # --- going on -----------------------------------------------------------------------------------------------------
+
+    def _advance(self, ids: Int32Array) -> None:
+        """Decode tokens after what is there. Fails without a trace."""
+        start = self.n_past
+        if start + len(ids) > self.ctx.n_ctx_seq and self.ctx.model.memory_kind != "recurrent":
+            raise NoKVSlotError(
+                f"{len(ids)} tokens after {start} do not fit {self.ctx.n_ctx_seq} cells", code=1, n_tokens=len(ids)
+            )
+        parts = self._parts(start, len(ids))
+        # Several decodes cannot be taken back together where a tail cannot be trimmed.
+        anchor = None
+        if len(parts) > 1 and start and self._history.needs_states:
+            anchor = self.ctx.state_seq_get_data(self.seq_id, SeqFlags.PARTIAL_ONLY)
+        before = (self._tokens, self._logits.copy() if self._has_logits else None)
+        try:
+            with self._all_or_nothing():
+                for a, b in parts:
+                    self._decode(ids[a:b], last=b == len(ids))
+                    if b < len(ids) or not (start + b) % max(self._every, 1):
+                        self._anchor()
+        except BaseException:
+            self._take_back(*before, anchor)
+            raise
+
+    def _parts(self, start: int, n: int) -> list[tuple[int, int]]:
+        """Cut ``n`` tokens into decodes: at most a batch each, ending where automatic checkpoints are due."""
+        ends = set(range(self.ctx.n_batch, n, self.ctx.n_batch)) | {n}
+        if self._every and self._history.needs_states:
+            ends |= set(range(self._every - start % self._every, n, self._every))
+        cuts = sorted({0} | ends)
+        return list(pairwise(cuts))
+
+    def _decode(self, ids: Int32Array, *, last: bool) -> None:
+        # under the context's lock: another session's decode in between would leave its own logits there
+        with self.ctx._handle as handle:
+            self.ctx.decode(ids, seq_id=self.seq_id, logits="last" if last else None)
+            self._has_logits = False
+            if last:
+                native_decode.logits_into(handle, -1, self._logits)
+                self._has_logits = True
+        self._tokens = np.concatenate([self._tokens, ids])
+
+    def _take_back(
+        self, tokens: Int32Array, logits: npt.NDArray[np.float32] | None, anchor: npt.NDArray[np.uint8] | None
+    ) -> None:
+        """Return to the tokens before a decode that failed."""
+        n = len(tokens)
+        held = self.ctx.seq_pos_max(self.seq_id) + 1
+        if held < n:
+            self._rebuild(tokens)  # a fatal error in mid-computation: the context had to drop the sequence
+        elif held > n and not self.ctx.seq_rm(self.seq_id, n, -1):
+            assert anchor is not None, "only what was decoded in one piece goes without an anchor"
+            self.ctx.state_seq_set_data(anchor, self.seq_id, SeqFlags.PARTIAL_ONLY)
+        self._tokens = tokens
+        self._has_logits = logits is not None
+        if logits is not None:
+            self._logits[:] = logits
+
+    def _rebuild(self, tokens: Int32Array) -> None:
+        """Decode everything again, from a checkpoint that holds a whole state if there is one."""
+        point = self._history.last_whole(len(tokens))
+        self.ctx.seq_rm(self.seq_id)
+        done = 0
+        if point is not None:
+            self.ctx.state_seq_set_data(point.state, self.seq_id)
+            done = point.n_tokens
+        for at in range(done, len(tokens), self.ctx.n_batch):
+            self.ctx.decode(tokens[at : at + self.ctx.n_batch], seq_id=self.seq_id, logits=None)
+
+    def _need_logits(self) -> int:
+        """Have the logits after the last token; how many tokens had to be decoded again for it."""
+        if self._has_logits:
+            return 0
+        n = self.n_past
+        if not n:
+            raise LogitsUnavailableError("the session is empty: there are no logits", index=-1, n_outputs=0)
+        point = self._history.at(n)
+        if point is not None and point.logits is not None:
+            self._logits[:] = point.logits
+            self._has_logits = True
+            return 0
+        tokens = self._tokens
+        kept = None if self._can_trim(n - 1) else self._keep()
+        try:
+            replayed = self._go_back(n - 1)
+            self._advance(tokens[n - 1 :])
+        except BaseException:
+            if kept is not None:
+                self._put_back(kept)
+            raise
+        return replayed + 1
+
+    # --- checkpoints --------------------------------------------------------------------------------------------------
+
+    def _anchor(self) -> Checkpoint | None:
+        """Make an automatic checkpoint here, if the way back would need one."""
+        if not (self._every and self._history.needs_states and self.n_past) or self._history.at(self.n_past):
+            return None
+        point = Checkpoint(self.n_past, automatic=True)
+        self._keep_state(point)
+        self._history.add(point, n_past=self.n_past)
+        return point
+
+    def _keep_state(self, point: Checkpoint, *, full: bool = False) -> None:
+        if not self.n_past or not (full or self._history.needs_states):
+            return  # to an empty sequence there is always a way back
+        flags = SeqFlags.NONE if full else SeqFlags.PARTIAL_ONLY
+        point.state = self.ctx.state_seq_get_data(self.seq_id, flags)
+        point.kind = "full" if full else "partial"
+        # The last token can be trimmed and decoded again to get its logits, but not out of a recurrent state.
+        recurrent = self.ctx.model.is_recurrent or self.ctx.model.is_hybrid
+        if recurrent and not point.automatic and self._has_logits:
+            point.logits = self._logits.copy()
+
+    # --- going back ---------------------------------------------------------------------------------------------------
+
+    def _can_trim(self, n: int) -> bool:
+        model = self.ctx.model
+        return can_trim(model.memory_kind, model.n_swa, self.ctx.seq_pos_min(self.seq_id), self.n_past - 1, n)
+
+    def _go_back(self, n: int) -> int:
+        """Make the sequence hold the first ``n`` of its tokens; how many were decoded again. Fails without a trace."""
+        plan = self._history.plan_back(n, n_past=self.n_past, pos_min=self.ctx.seq_pos_min(self.seq_id))
+        return self._carry_out(plan, self._tokens[:n])
+
+    def _carry_out(self, plan: Plan, tokens: Int32Array) -> int:
+        if plan.way == "nothing" and not plan.replay:
+            return 0
+        kept = self._keep() if plan.replay else None
+        point = plan.checkpoint
+        try:
+            if plan.way == "trim":
+                if not self.ctx.seq_rm(self.seq_id, plan.base, -1):
+                    raise SequenceChangedError(f"sequence {self.seq_id} cannot be trimmed to {plan.base} any more")
+            elif plan.way == "scratch":
+                self.ctx.seq_rm(self.seq_id)
+            elif point is not None:
+                flags = SeqFlags.NONE if plan.way == "full" else SeqFlags.PARTIAL_ONLY
+                self.ctx.state_seq_set_data(point.state, self.seq_id, flags)
+            if plan.way != "nothing":
+                self._tokens = tokens[: plan.base]
+                self._has_logits = False
+            if point is not None and point.logits is not None and point.n_tokens == len(tokens):
+                self._logits[:] = point.logits
+                self._has_logits = True
+            if plan.replay:
+                self._advance(tokens[plan.base :])
+        except BaseException:
+            if kept is not None:
+                self._put_back(kept)
+            raise
+        return plan.replay
+
+    def _keep(self) -> Kept:
+        return Kept(
+            self._tokens,
+            self.ctx.state_seq_get_data(self.seq_id),
+            self._logits.copy() if self._has_logits else None,
+        )
+
+    def _put_back(self, kept: Kept) -> None:
+        try:
+            self.ctx.state_seq_set_data(kept.state, self.seq_id)
+        except LlamaStateError:
+            # Somebody else took the cells meanwhile, and the tokens are all that is left: an empty session is in step.
+            self.ctx.seq_rm(self.seq_id)
+            self._tokens, self._has_logits = kept.tokens[:0], False
+            return
+        self._tokens = kept.tokens
+        self._has_logits = kept.logits is not None
+        if kept.logits is not None:
+            self._logits[:] = kept.logits
+
+
+def count(name: str, value: object) -> int:
+    """Turn an argument into a number that is not negative, or raise :class:`InvalidArgumentError`."""
+    number = as_index(value, name, InvalidArgumentError)
+    if number < 0:
+        raise InvalidArgumentError(f"{name} = {number} is negative", name=name, value=number, limit=0)
+    return number
+
+
+def common_prefix(a: Int32Array, b: Int32Array) -> int:
+    """How many elements two arrays share from the beginning."""
+    n = min(len(a), len(b))
+    differ = a[:n] != b[:n]
+    return int(differ.argmax()) if differ.any() else n
