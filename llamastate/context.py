@@ -385,6 +385,11 @@ yarn_beta_slow, yarn_orig_ctx
     ) -> int:
         try:
             return decode.decode(self._handle, tokens, pos, n_seq_id, seq_ids, outputs)
+        except NoKVSlotError:
+            with self._handle:
+                if not self._free_window(seq_ids):
+                    raise
+                return decode.decode(self._handle, tokens, pos, n_seq_id, seq_ids, outputs)
         except DecodeError as error:
             # 1 and -1 change nothing. After an abort (2) and after fatal errors some physical batches have been
             # computed and others not, and a recurrent state may be half-way: go back to where every sequence was.

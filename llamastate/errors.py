@@ -27,7 +27,9 @@ __all__ = [
     "FingerprintMismatchError",
     "FingerprintUnavailableError",
     "HeadMovedError",
+    "HistoryError",
     "InsufficientMaxTokensError",
+    "InvalidArgumentError",
     "InvalidBatchError",
     "InvalidBufferError",
     "InvalidFlagsError",
@@ -46,6 +48,7 @@ __all__ = [
     "PendingUpdateError",
     "SamplerError",
     "SaveError",
+    "SequenceChangedError",
     "SequencesNotEmptyError",
     "SessionNameError",
     "SessionNotFoundError",
@@ -395,6 +398,32 @@ class UnsupportedLayoutError(StateError, NotImplementedError):
 
 
 # --- sessions, stores, logs -----------------------------------------------------------------------------------------
+
+
+class InvalidArgumentError(LlamaStateError, ValueError):
+    """An argument out of its range. ``name`` says which, ``limit`` what it may be."""
+
+    fields: ClassVar[tuple[str, ...]] = ("name", "value", "limit")
+    name: str | None
+    value: Any
+    limit: Any
+
+
+class HistoryError(LlamaStateError, IndexError):
+    """No such point in a session's history. ``available`` is how many steps there are."""
+
+    fields: ClassVar[tuple[str, ...]] = ("asked", "available")
+    asked: Any
+    available: int | None
+
+
+class SequenceChangedError(StateError, RuntimeError):
+    """A sequence does not hold what its session left there: somebody else has changed it."""
+
+    fields: ClassVar[tuple[str, ...]] = ("seq_id", "expected", "found")
+    seq_id: int | None
+    expected: int | None
+    found: int | None
 
 
 class SessionNotFoundError(LlamaStateError, KeyError):

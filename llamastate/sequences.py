@@ -6,8 +6,8 @@ import numpy as np
 
 from llamastate import layout
 from llamastate._native import memory, state
-from llamastate.arrays import as_index
-from llamastate.errors import InvalidPositionError
+from llamastate.arrays import Int32Array, as_index
+from llamastate.errors import InvalidPositionError, LlamaStateError
 from llamastate.exactness import can_trim
 from llamastate.params import I32
 from llamastate.state import StateAPI
@@ -215,6 +215,22 @@ class SequenceAPI(StateAPI):
             return
         self._refuse_pending("seq_add")
         self.state_seq_set_data(self.state_seq_get_data(seq_id), seq_id)
+
+    def _free_window(self, seq_ids: Int32Array) -> bool:
+        """Give back window cells that nobody needs and llama.cpp keeps; whether there were any.
+
+        A cell that has left the window of its only sequence is used again. One that several sequences share is not, so
+        copies of a sequence fill the window's cache with the past. A sequence of its own takes none of those along.
+        """
+        handle = self._handle
+        if not (self.model.n_swa and handle.shared_cells and self._params.get("kv_unified")):
+            return False
+        try:
+            for seq_id in {int(s) for s in seq_ids}:
+                self._unshare(seq_id)
+        except LlamaStateError:
+            return False  # as full as it says
+        return True
 
     def clear(self, *, data: bool = True) -> None:
         """Empty every sequence (``llama_memory_clear``); with ``data``, the tensors are zeroed too."""
