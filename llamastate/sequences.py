@@ -167,9 +167,9 @@ class SequenceAPI(StateAPI):
         delta = as_index(delta, "delta", InvalidPositionError)
         with self._handle as handle:
             low, high = self._movable(seq_id, p0, p1)
-            if high >= low and not (low + delta >= 0 and high + delta <= I32):
+            if high >= low and not (low + delta >= 0 and high + delta < I32):
                 raise InvalidPositionError(
-                    f"moving [{low}, {high}] by {delta} leaves [0, {I32}]",
+                    f"moving [{low}, {high}] by {delta} leaves [0, {I32})",
                     reason="out of range",
                     value=delta,
                     limit=-low,
