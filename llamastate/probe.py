@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llamastate._native import decode, handles, state
+from llamastate._native import decode, handles, state, vocab
 from llamastate.errors import ContextCreateError, UnsupportedLayoutError
 from llamastate.layout import KVSchema, Limits, Schema, infer_schema
 
 if TYPE_CHECKING:
-    from llamastate._native.handles import ContextHandle
+    from llamastate._native.handles import ContextHandle, ModelHandle
     from llamastate.model import Model
 
 __all__ = ["available_memory", "check_memory", "context_limits", "context_schema"]
@@ -49,7 +49,8 @@ def context_schema(model: Model, handle: ContextHandle, params: dict[str, Any]) 
     ContextCreateError
         No room for the scratch context.
     """
-    schema = _schema_of(model, params)
+    weights = handles.handle_model(handle)  # the context's claim on them: the model may have been closed
+    schema = _schema_of(model, weights, params)
     n_stream = 1 if params.get("kv_unified", False) else handle.n_seq_max
     parts = tuple(replace(p, n_stream=n_stream) if isinstance(p, KVSchema) else p for p in schema.parts)
     return replace(schema, parts=parts)
@@ -71,7 +72,7 @@ def check_memory(model: Model, params: dict[str, Any]) -> None:
     if available is None or n_cells * model.n_layer * model.n_embd * 16 < available:
         return
     try:
-        parts = _schema_of(model, params).parts
+        parts = _schema_of(model, model._handle, params).parts
     except UnsupportedLayoutError:
         return
     needed = 0
@@ -105,18 +106,18 @@ def available_memory() -> int | None:
     return min(free, int(most) - used) if most.isdigit() else free
 
 
-def _schema_of(model: Model, params: dict[str, Any]) -> Schema:
+def _schema_of(model: Model, weights: ModelHandle, params: dict[str, Any]) -> Schema:
     decisive = {name: params[name] for name in DECISIVE if name in params}
     key = tuple(sorted(decisive.items()))
     schema = model._schemas.get(key)
     if schema is None:
-        schema = model._schemas[key] = _probe(model, decisive)
+        schema = model._schemas[key] = _probe(model, weights, decisive)
     return schema
 
 
-def _probe(model: Model, decisive: dict[str, Any]) -> Schema:
+def _probe(model: Model, weights: ModelHandle, decisive: dict[str, Any]) -> Schema:
     small = dict(decisive, n_ctx=1, n_batch=1, n_ubatch=1, n_seq_max=1, n_threads=1, n_threads_batch=1, kv_unified=True)
-    handle = handles.create_context(model._handle, small, raise_if_busy=False)
+    handle = handles.create_context(weights, small, raise_if_busy=False)
     try:
         if handle.has_memory:
             zero, one = np.zeros(1, np.int32), np.ones(1, np.int32)
@@ -125,10 +126,11 @@ def _probe(model: Model, decisive: dict[str, Any]) -> Schema:
         state.seq_get_data_into(handle, blob, 0, 0)
     finally:
         handle.close()
-    swa_type = "none" if not model.n_swa else "chunked" if model.arch in CHUNKED else "standard"
+    arch = vocab.meta(weights).get("general.architecture", "")
+    swa_type = "none" if not model.n_swa else "chunked" if arch in CHUNKED else "standard"
     return infer_schema(
         blob.tobytes(),
-        arch=model.arch,
+        arch=arch,
         recurrent=model.is_recurrent,
         hybrid=model.is_hybrid,
         n_swa=model.n_swa,

@@ -181,10 +181,10 @@ def test_clear(kind: str, unified: bool, data: bool):
 # --- moving -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", SHIFTABLE)
-def test_moved_as_a_whole_says_the_same(kind: str):
+@pytest.mark.parametrize(("kind", "params"), [*((kind, {}) for kind in SHIFTABLE), ("iswa", {"swa_full": True})])
+def test_moved_as_a_whole_says_the_same(kind: str, params: dict[str, Any]):
     """Rotary positions are relative, and recurrent states have none: only the keys are rounded once more."""
-    with filled(kind) as ctx:
+    with filled(kind, **params) as ctx:
         bystander = ctx.state_seq_get_data(2)
         ctx.seq_add(0, 0, -1, 9)
         assert ctx.seq_pos_max(0) == len(TEXT) + 8
