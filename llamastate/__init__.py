@@ -15,25 +15,34 @@ _log.install("llama_cpp" in _sys.modules)
 _logging.getLogger("llamastate").addHandler(_logging.NullHandler())
 
 from llamastate import errors  # noqa: E402
+from llamastate.adapters import Adapter  # noqa: E402
 from llamastate.batching import Batch  # noqa: E402
 from llamastate.context import Context  # noqa: E402
 from llamastate.errors import *  # noqa: E402, F403
+from llamastate.fingerprint import Fingerprint, require_same  # noqa: E402
 from llamastate.flags import SeqFlags  # noqa: E402
 from llamastate.model import Model  # noqa: E402
 from llamastate.sampler import Sampler, SamplingParams  # noqa: E402
+from llamastate.snapshot import CheckpointFlags, CheckpointRecord, Snapshot  # noqa: E402
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Adapter",
     "Batch",
+    "CheckpointFlags",
+    "CheckpointRecord",
     "Context",
+    "Fingerprint",
     "Model",
     "Sampler",
     "SamplingParams",
     "SeqFlags",
+    "Snapshot",
     "__version__",
     "errors",
     "native_version",
+    "require_same",
 ]
 __all__ += errors.__all__
 

@@ -8,6 +8,7 @@ import mmap
 import os
 import stat
 from collections.abc import Iterator
+from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -15,18 +16,38 @@ import numpy.typing as npt
 from llamastate.atomic import write_atomically
 from llamastate.errors import FileAccessError, LoadError, SaveError, StateFileNotFoundError
 
-__all__ = ["MappedFile", "naming", "save"]
+__all__ = ["MappedFile", "naming", "reading", "save"]
 
 
 @contextlib.contextmanager
-def naming(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Name the file in load errors that come from below, where there are only bytes."""
+def naming(path: str | os.PathLike[str] | None) -> Iterator[None]:
+    """Name the file, if there is one, in load errors that come from below, where there are only bytes."""
     try:
         yield
     except LoadError as error:
-        if error.path is None:
+        if error.path is None and path is not None:
             error.path = os.fsdecode(path)
         raise
+
+
+@contextlib.contextmanager
+def reading(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """Open a regular file; whatever fails inside the block is a :class:`FileAccessError`."""
+    try:
+        name = os.fsdecode(path)
+    except TypeError as error:
+        raise FileAccessError(f"cannot read: {error}", reason="not a path") from None
+    try:
+        if not stat.S_ISREG(os.stat(name).st_mode):
+            # opening a pipe would wait for its writer, and nothing but a file can be mapped
+            raise OSError(errno.EINVAL, "Not a regular file", name)
+        with open(name, "rb", buffering=0) as file:
+            yield file
+    except (OSError, ValueError) as error:
+        code = getattr(error, "errno", None)
+        reason = getattr(error, "strerror", None) or str(error)
+        cls = StateFileNotFoundError if isinstance(error, FileNotFoundError) else FileAccessError
+        raise cls(f"cannot read {name!r}: {reason}", path=name, reason=reason, code=code) from None
 
 
 class MappedFile:
@@ -34,23 +55,10 @@ class MappedFile:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._map: mmap.mmap | None = None
-        try:
-            name = os.fsdecode(path)
-        except TypeError as error:
-            raise FileAccessError(f"cannot read: {error}", reason="not a path") from None
-        try:
-            if not stat.S_ISREG(os.stat(name).st_mode):
-                # opening a pipe would wait for its writer, and nothing but a file can be mapped
-                raise OSError(errno.EINVAL, "Not a regular file", name)
-            with open(name, "rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                if size:
-                    self._map = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)
-        except (OSError, ValueError) as error:
-            code = getattr(error, "errno", None)
-            reason = getattr(error, "strerror", None) or str(error)
-            cls = StateFileNotFoundError if isinstance(error, FileNotFoundError) else FileAccessError
-            raise cls(f"cannot read {name!r}: {reason}", path=name, reason=reason, code=code) from None
+        with reading(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size:
+                self._map = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)
         self.view = memoryview(self._map if self._map is not None else b"")
 
     def __enter__(self) -> MappedFile:
