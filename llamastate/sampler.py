@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import numbers
 import secrets
@@ -173,7 +174,7 @@ class Sampler:
         if p.min_p > 0:
             chain.add_min_p(p.min_p, 1)
         chain.add_temp(p.temperature)
-        chain.add_dist(self.seed)
+        chain.end_random(self.seed)
 
     def sample(self, ctx: Context, i: int = -1, *, accept: bool = True) -> int:
         """Choose from the logits of the last decode.
@@ -208,6 +209,43 @@ class Sampler:
     def accept(self, token: int) -> None:
         """Tell the chain of a token that was chosen elsewhere."""
         self._handle.accept(as_index(token, "token", SamplerError))
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """All that makes the next choice what it will be, as plain JSON types: for :meth:`from_state`."""
+        params = dataclasses.asdict(self.params)
+        # JSON has no infinities, and its keys are text
+        bias = self.params.logit_bias.items()
+        params["logit_bias"] = [[int(t), float(b) if math.isfinite(b) else "-inf"] for t, b in bias]
+        return {
+            "params": params,
+            "seed": self.seed,
+            "n_draws": self._handle.n_draws,
+            "accepted": self._handle.accepted,
+        }
+
+    @classmethod
+    def from_state(cls, model: Model, state: Mapping[str, Any]) -> Self:
+        """Make a sampler that chooses as the one would have whose :attr:`state` this is.
+
+        Raises
+        ------
+        SamplerError
+            The state is not one, or does not fit this model.
+        """
+        try:
+            params = dict(state["params"])
+            params["logit_bias"] = {int(t): float(b) for t, b in params.get("logit_bias", ())}
+            params["seed"] = int(state["seed"])
+            self = cls(model, SamplingParams(**params))
+            for token in state["accepted"]:
+                self.accept(token)
+            self._handle.n_draws = int(state["n_draws"])
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            if isinstance(error, SamplerError):
+                raise
+            raise SamplerError(f"not the state of a sampler: {error}", reason=str(error)) from None
+        return self
 
     def reset(self) -> None:
         """Forget everything accepted, and begin the random numbers anew."""

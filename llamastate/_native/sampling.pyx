@@ -21,6 +21,11 @@ cdef class SamplerHandle(Lockable):
     cdef const c.llama_vocab * vocab
     cdef _ModelPtr model
     cdef vector[c.llama_token_data] candidates
+    # What clone() cannot be asked for and a restart needs: everything accepted, and how many random choices were made.
+    cdef vector[int32_t] accepted_tokens
+    cdef public unsigned long long n_draws
+    cdef uint32_t seed
+    cdef bint random
     cdef int n_links
     cdef int grammar_at  # which link of the chain is the grammar; -1 without one
     cdef readonly int n_vocab
@@ -59,9 +64,22 @@ cdef class SamplerHandle(Lockable):
         """``llama_sampler_init_greedy``."""
         self.add(c.llama_sampler_init_greedy(), "greedy", None)
 
-    def add_dist(self, uint32_t seed):
-        """``llama_sampler_init_dist``."""
-        self.add(c.llama_sampler_init_dist(seed), "seed", seed)
+    def end_random(self, uint32_t seed):
+        """Choose at random in the end (``llama_sampler_init_dist``), each time from a generator of its own.
+
+        llama.cpp's sampler cannot be told how far its generator has come, so one that lasts could not be saved. One that
+        is made for each choice, from the seed and the number of the choice, needs no saving.
+        """
+        self.seed = seed
+        self.random = True
+
+    cdef uint32_t next_seed(self) noexcept nogil:
+        # splitmix64 (Steele, Lea, Flood: Fast Splittable Pseudorandom Number Generators, 2014)
+        cdef unsigned long long z = (<unsigned long long> self.seed << 32) + (self.n_draws + 1) * 0x9E3779B97F4A7C15ULL
+        z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ULL
+        z = (z ^ (z >> 27)) * 0x94D049BB133111EBULL
+        z = z ^ (z >> 31)
+        return <uint32_t> z if <uint32_t> z != c.LLAMA_DEFAULT_SEED else 0
 
     def add_top_k(self, int k):
         """``llama_sampler_init_top_k``."""
@@ -111,6 +129,7 @@ cdef class SamplerHandle(Lockable):
 
     cdef int32_t pick(self, const float * logits, bint accept) except -1:
         cdef c.llama_token_data_array array
+        cdef c.llama_sampler * dist
         cdef int64_t selected
         cdef int i
         cdef int n = self.n_vocab
@@ -131,12 +150,18 @@ cdef class SamplerHandle(Lockable):
                     array.selected = -1
                     array.sorted = False
                     c.llama_sampler_apply(self.chain, &array)
+                    if self.random and array.size:
+                        dist = c.llama_sampler_init_dist(self.next_seed())
+                        c.llama_sampler_apply(dist, &array)
+                        c.llama_sampler_free(dist)
+                        self.n_draws += 1
                     selected = array.selected
                     if 0 <= selected < <int64_t> array.size:
                         token = array.data[selected].id
                         logit = array.data[selected].logit
                     if token >= 0 and logit > -3.0e38 and accept:
                         c.llama_sampler_accept(self.chain, token)
+                        self.accepted_tokens.push_back(token)
         except (RuntimeError, IndexError, ValueError, MemoryError) as error:
             raise SamplerError(f"sampling failed: {error}", reason=str(error)) from None
         if n_bad:
@@ -206,6 +231,7 @@ cdef class SamplerHandle(Lockable):
                                    reason="not in the grammar")
             with nogil:
                 c.llama_sampler_accept(self.chain, t)
+            self.accepted_tokens.push_back(t)
         except (RuntimeError, IndexError, ValueError, MemoryError) as error:
             if isinstance(error, (ClosedError, SamplerError)):
                 raise
@@ -214,11 +240,18 @@ cdef class SamplerHandle(Lockable):
         finally:
             self.release()
 
+    @property
+    def accepted(self):
+        """Every token accepted since the beginning or the last reset."""
+        return list(self.accepted_tokens)
+
     def reset(self):
         """``llama_sampler_reset``."""
         self.enter("reset")
         try:
             c.llama_sampler_reset(self.chain)
+            self.accepted_tokens.clear()
+            self.n_draws = 0
         finally:
             self.release()
 
@@ -234,6 +267,10 @@ cdef class SamplerHandle(Lockable):
             other.chain = c.llama_sampler_clone(self.chain)
             other.n_links = self.n_links
             other.grammar_at = self.grammar_at
+            other.accepted_tokens = self.accepted_tokens
+            other.n_draws = self.n_draws
+            other.seed = self.seed
+            other.random = self.random
             return other
         finally:
             self.release()
