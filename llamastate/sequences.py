@@ -202,7 +202,7 @@ class SequenceAPI(StateAPI):
     def _movable(self, seq_id: int, p0: int, p1: int) -> tuple[int, int]:
         """Return the smallest and largest position of a range that is there, or refuse a model that cannot shift."""
         low, high = self._span(seq_id)
-        # To shift a cache without layers (all others have a window, say) llama.cpp makes an input that nothing reads, and
+        # To shift a cache without layers (all others have a window) llama.cpp makes an input that nothing reads, and
         # aborts when it comes to fill it in.
         hollow = any(isinstance(part, layout.KVSchema) and not part.k for part in self.schema.parts)
         if self._handle.m_rope or hollow or not memory.can_shift(self._handle):
@@ -211,7 +211,8 @@ class SequenceAPI(StateAPI):
 
     def _unshare(self, seq_id: int) -> None:
         """Give a sequence cells of its own. Moving the position of a shared cell would move the others' too."""
-        if not self._handle.shared_cells or not self._params.get("kv_unified") or self.n_seq_max == 1:
+        shares = self._params.get("kv_unified") or self.model.memory_kind == "recurrent"
+        if not self._handle.shared_cells or not shares or self.n_seq_max == 1:
             return
         self._refuse_pending("seq_add")
         self.state_seq_set_data(self.state_seq_get_data(seq_id), seq_id)

@@ -14,7 +14,6 @@ leaves a sequence half overwritten when it refuses one:
 
 from __future__ import annotations
 
-import hashlib
 import os
 import struct
 from typing import TYPE_CHECKING, Any
@@ -22,13 +21,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from llamastate import layout, restore
+from llamastate import device, layout, restore
 from llamastate._native import log, memory, state
 from llamastate.arrays import Int32Array, TokensLike, as_bytes_view, as_tokens
 from llamastate.errors import (
     CorruptStateError,
     LoadError,
-    OnDeviceStateError,
     PendingUpdateError,
 )
 from llamastate.flags import SeqFlags
@@ -252,6 +250,8 @@ class StateAPI:
             Nothing was written.
         PendingUpdateError
             Positions were shifted and nothing has been decoded since.
+        UnsupportedLayoutError, OnDeviceStateError
+            With ``ON_DEVICE``: llama.cpp would lose data (a cache of blocks such as q8_0), or might abort.
 
         Notes
         -----
@@ -261,10 +261,14 @@ class StateAPI:
             if handle.pending_shift:
                 self._refuse_pending("state_seq_get_data")
             state.check(handle, seq_id, flags)
-            n: int = state.seq_get_data_into(handle, out, seq_id, flags)
-            if flags & SeqFlags.ON_DEVICE:
-                with as_bytes_view(out) as view:
-                    handle.on_device[int(seq_id)] = (int(flags), _digest(view[:n]))
+            n: int
+            if not flags & SeqFlags.ON_DEVICE:
+                n = state.seq_get_data_into(handle, out, seq_id, flags)
+                return n
+            n_bytes = device.check_take(self, seq_id, flags)
+            n = state.seq_get_data_into(handle, out, seq_id, flags)
+            with as_bytes_view(out) as view:
+                device.note_taken(self, seq_id, flags, n_bytes, view[:n])
             return n
 
     def state_seq_set_data(self, src: Any, dest_seq_id: int, flags: int = SeqFlags.NONE) -> int:
@@ -302,7 +306,7 @@ class StateAPI:
             state.check(handle, dest_seq_id, flags)
             on_device = bool(flags & SeqFlags.ON_DEVICE)
             if on_device:
-                self._check_generation(view, int(flags))
+                device.check_generation(self, view, int(flags))
             schema = self.schema
             partial = bool(flags & SeqFlags.PARTIAL_ONLY) and schema.has_partial
             info = layout.validate_sequence(view, schema, self.limits, partial=partial, on_device=on_device)
@@ -403,21 +407,6 @@ class StateAPI:
                 f"{operation}: positions were shifted; llama.cpp applies that at the next decode", operation=operation
             )
 
-    def _check_generation(self, view: memoryview, flags: int) -> None:
-        # A blob whose tensors are elsewhere says nothing about them: that it is the last one taken is all there is.
-        source = int.from_bytes(view[4:8], "little", signed=True) if view.nbytes >= SEQ_HEADER else None
-        known = None if source is None else self._handle.on_device.get(source)
-        if known is None:
-            raise OnDeviceStateError(
-                "this context holds no ON_DEVICE state for that blob", reason="never taken", seq_id=source
-            )
-        if known != (flags, _digest(view)):
-            raise OnDeviceStateError(
-                f"the ON_DEVICE state of sequence {source} has been taken again since, or the blob was changed",
-                reason="not the last one taken",
-                seq_id=source,
-            )
-
     # --- files --------------------------------------------------------------------------------------------------------
 
     def _file_tokens(self, head: layout.FileHeader) -> Int32Array:
@@ -432,7 +421,3 @@ class StateAPI:
                 section="tokens",
             )
         return tokens
-
-
-def _digest(view: memoryview) -> bytes:
-    return hashlib.blake2b(view, digest_size=16).digest()

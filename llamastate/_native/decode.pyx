@@ -145,6 +145,7 @@ def decode(ContextHandle h, const int32_t[::1] tokens, const int32_t[::1] pos, c
         batch.seq_id = rows.data()
         batch.logits = flags.data()
         h.n_outputs = 0
+        h.epoch += 1
         h.outputs.clear()
         log.clear_errors()
         model = h._model

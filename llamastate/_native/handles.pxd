@@ -32,6 +32,9 @@ cdef class Lockable:
 cdef class _ModelPtr:
     cdef llama_model * ptr
     cdef object keep
+    # Of a borrowed model: asked before each use whether its owner has freed it.
+    cdef object alive
+    cdef bint gone(self)
     # A model keeps a set of its adapters, which llama.cpp walks (unguarded) when a context reserves its graphs. Whoever
     # may make it do so holds this shared, whoever adds or frees an adapter holds it alone. Never wait for it, or for the
     # GIL while holding it alone, with the GIL held.
@@ -85,6 +88,10 @@ cdef class ContextHandle(Lockable):
     # ON_DEVICE blobs that are still good: source sequence -> (flags, digest). Kept here because a borrowed context has
     # one handle however often it is attached.
     cdef readonly dict on_device
+    # What llama.cpp's storages for such tensors hold: source sequence -> (bytes, epoch).
+    cdef readonly dict device_storage
+    # Counts what may have changed cells.
+    cdef readonly unsigned long long epoch
     # The adapters in effect, ((Adapter, scale), ...), and what keeps their memory: closing an Adapter gives up its own
     # claim only. Here because a borrowed context has one handle however often it is attached.
     cdef readonly tuple adapters

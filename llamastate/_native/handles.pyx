@@ -98,6 +98,9 @@ cdef class _ModelPtr:
             c.llama_model_free(self.ptr)
         self.ptr = NULL
 
+    cdef bint gone(self):
+        return self.alive is not None and not self.alive()
+
 
 cdef class ModelHandle:
     """A claim on a ``llama_model``."""
@@ -106,7 +109,7 @@ cdef class ModelHandle:
         raise TypeError("use load_model() or borrow_model()")
 
     cdef llama_model * ptr(self) except NULL:
-        if self._owned is None:
+        if self._owned is None or self._owned.gone():
             raise ClosedError("the model is closed", what="model")
         return self._owned.ptr
 
@@ -115,8 +118,8 @@ cdef class ModelHandle:
 
     @property
     def closed(self):
-        """Whether :meth:`close` has been called."""
-        return self._owned is None
+        """Whether the model may no longer be used."""
+        return self._owned is None or self._owned.gone()
 
     def close(self):
         """Give up the claim. The weights go when no context needs them any more. Idempotent."""
@@ -247,6 +250,7 @@ cdef class ContextHandle(Lockable):
         cdef int32_t kept = -1 if keep is None else keep
         cdef bint hit
         self.acquire("forget_outputs")
+        self.epoch += 1
         try:
             for i in range(self.outputs.size()):
                 hit = False
@@ -370,6 +374,7 @@ cdef ContextHandle _wrap_context(c.llama_context * ptr, _ModelPtr model, bint ra
     h.causal = c.llama_get_causal_attn(ptr)
     h.outputs_reserved = h.n_seq_max
     h.on_device = {}
+    h.device_storage = {}
     h.adapters = ()
     return h
 
@@ -444,7 +449,7 @@ def create_context(ModelHandle model, dict params, *, bint raise_if_busy):
     return handle
 
 
-def borrow_context(uintptr_t address, keep, alive, *, bint raise_if_busy, bint embeddings):
+def borrow_context(uintptr_t address, keep, alive, model_alive, *, bint raise_if_busy, bint embeddings):
     """Wrap a ``llama_context *`` that ``keep`` owns.
 
     Parameters
@@ -455,12 +460,15 @@ def borrow_context(uintptr_t address, keep, alive, *, bint raise_if_busy, bint e
         Kept alive as long as the handle.
     alive : callable
         Asked before every use whether the pointer still stands.
+    model_alive : callable
+        The same of the model, for whoever uses it without the context.
     """
     if address == 0 or not alive():
         raise ClosedError("the context is closed", what="context")
     cdef c.llama_context * ptr = <c.llama_context *> address
     cdef _ModelPtr model = _ModelPtr.__new__(_ModelPtr)
     model.keep = keep
+    model.alive = model_alive
     model.ptr = <llama_model *> c.llama_get_model(ptr)
     cdef ContextHandle handle = _wrap_context(ptr, model, raise_if_busy)
     handle.borrowed = True
@@ -468,6 +476,18 @@ def borrow_context(uintptr_t address, keep, alive, *, bint raise_if_busy, bint e
     handle._alive = alive
     handle.embeddings = embeddings
     return handle
+
+
+def closed_copy(ContextHandle h):
+    """A closed handle that tells the same facts: for one of those who share ``h``, when the others go on."""
+    cdef ContextHandle copy = ContextHandle.__new__(ContextHandle)
+    copy.borrowed = h.borrowed
+    copy.n_ctx, copy.n_ctx_seq = h.n_ctx, h.n_ctx_seq
+    copy.n_batch, copy.n_ubatch = h.n_batch, h.n_ubatch
+    copy.n_seq_max, copy.n_rs_seq = h.n_seq_max, h.n_rs_seq
+    copy.n_vocab, copy.n_embd_out = h.n_vocab, h.n_embd_out
+    copy.pooling_type = h.pooling_type
+    return copy
 
 
 def handle_model(ContextHandle context):
