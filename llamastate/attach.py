@@ -23,7 +23,7 @@ from llamastate.params import ROPE_FLOATS
 if TYPE_CHECKING:
     from llamastate._native.handles import ContextHandle
 
-__all__ = ["OwnAdapter", "borrow", "note_adapters", "own_adapters"]
+__all__ = ["OwnAdapter", "borrow", "let_go", "note_adapters", "own_adapters"]
 
 _NOTE = "_llamastate_adapters"
 
@@ -41,7 +41,12 @@ _GUARDED = {
     "kv_cache_seq_shift": "shifts",
     "get_state_size": "reads",
     "set_n_threads": "reads",
+    "close": "reads",
 }
+#: The same of llama_cpp.Llama, where it goes past that.
+_GUARDED_LLAMA = {"load_state": "replaces", "save_state": "reads", "reset": "", "close": "reads"}
+#: After these no shift of positions is pending any more.
+_UPDATES = ("decodes", "replaces")
 
 
 def borrow(llm: Any, *, raise_if_busy: bool) -> tuple[ContextHandle, dict[str, Any]]:
@@ -81,11 +86,12 @@ def borrow(llm: Any, *, raise_if_busy: bool) -> tuple[ContextHandle, dict[str, A
             address,
             llm,
             lambda: inner.ctx is not None,
+            lambda: inner.model.model is not None,
             raise_if_busy=raise_if_busy,
             embeddings=bool(llm.context_params.embeddings),
         )
         _borrowed[id(inner)] = handle
-        _guard(inner)
+        _guard(llm)
     params = _params_of(llm.context_params)
     overrides = getattr(llm, "kv_overrides", None)
     if overrides:
@@ -145,34 +151,57 @@ def _check_library() -> None:
         )
 
 
-def _guard(inner: Any) -> None:
-    """Make the owner's own calls take turns with ours."""
-    # Weak on both sides: neither the wrapper nor the registry may keep the Llama alive, or make its end wait for the
-    # garbage collector.
-    reference = weakref.ref(inner)
-    for name, effect in _GUARDED.items():
-        function = getattr(type(inner), name, None)
-        if function is None or name in vars(inner):
-            continue
-        setattr(inner, name, _guarded(function, effect, reference, id(inner)))
+def let_go(handle: ContextHandle) -> ContextHandle:
+    """Give up a share of a borrowed handle, after the operation that is running; a closed one to keep instead."""
+    if handle.closed:
+        handle.close()  # its owner has freed it: for everybody
+        return handle
+    with handle:
+        return handles.closed_copy(handle)
 
 
-def _guarded(function: Any, effect: str, reference: weakref.ref[Any], key: int) -> Any:
+def _guard(llm: Any) -> None:
+    """Make the owner's own calls take turns with ours.
+
+    Its object and the one inside become objects of a subclass each. Functions put onto the objects themselves would
+    have to refer to them, and so keep them alive, or else fail when the garbage collector ends them.
+    """
+    for obj, effects in ((llm, _GUARDED_LLAMA), (llm._ctx, _GUARDED)):
+        if "_llamastate_guarded" not in vars(type(obj)):
+            obj.__class__ = _guarded_class(type(obj), tuple(effects.items()))
+
+
+@functools.cache
+def _guarded_class(cls: Any, effects: tuple[tuple[str, str], ...]) -> Any:
+    def reduce(self: Any, protocol: Any) -> Any:
+        # (copyreg.__newobj__, (class, ...), state, ...): whoever unpickles it is to get an ordinary one
+        _, (_, *arguments), *rest = cls.__reduce_ex__(self, protocol)
+        return _ordinary, (cls, *arguments), *rest
+
+    names = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
+    methods = {name: _guarded(getattr(cls, name), effect) for name, effect in effects if hasattr(cls, name)}
+    return type(cls.__name__, (cls,), {**names, **methods, "__reduce_ex__": reduce, "_llamastate_guarded": True})
+
+
+def _ordinary(cls: type[Any], *arguments: Any) -> Any:
+    return cls.__new__(cls, *arguments)
+
+
+def _guarded(function: Any, effect: str) -> Any:
     @functools.wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        inner = reference()
-        handle = _borrowed.get(key)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        handle = _borrowed.get(id(getattr(self, "_ctx", self)))
         if handle is None or handle.closed:
-            return function(inner, *args, **kwargs)
+            return function(self, *args, **kwargs)
         with handle:
             handle.lock_model()
             try:
-                result = function(inner, *args, **kwargs)
+                result = function(self, *args, **kwargs)
             finally:
                 handle.unlock_model()
             if effect != "reads":
                 handle.forget_outputs()
-                handle.pending_shift = effect == "shifts" or (handle.pending_shift and effect != "decodes")
+                handle.pending_shift = effect == "shifts" or (handle.pending_shift and effect not in _UPDATES)
             return result
 
     return call

@@ -13,7 +13,7 @@ from llamastate import lifetimes
 from llamastate._native import consts, decode, handles, memory, state
 from llamastate.adapters import AdapterAPI
 from llamastate.arrays import Int32Array, TokensLike, as_index, as_int32
-from llamastate.attach import borrow, own_adapters
+from llamastate.attach import borrow, let_go, own_adapters
 from llamastate.batching import Batch, output_mask
 from llamastate.errors import (
     ContextCreateError,
@@ -194,8 +194,11 @@ yarn_beta_slow, yarn_orig_ctx
 
     def close(self) -> None:
         """Free the context, after the operation that is running in another thread. Idempotent."""
-        self._handle.close()
-        self._owner = None
+        if self._owner is None:
+            self._handle.close()
+        else:
+            self._handle = let_go(self._handle)
+            self._owner = None
 
     def __enter__(self) -> Self:
         return self

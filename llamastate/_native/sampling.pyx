@@ -50,6 +50,9 @@ cdef class SamplerHandle(Lockable):
         if self.chain == NULL:
             self.release()
             raise ClosedError(f"{operation}: the sampler is closed", what="sampler")
+        if self.model.gone():
+            self.release()
+            raise ClosedError(f"{operation}: the model is closed", what="model")
         return 0
 
     cdef int add(self, c.llama_sampler * link, str name, value) except -1:
