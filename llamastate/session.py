@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import numpy as np
@@ -12,7 +12,8 @@ from llamastate.arrays import Int32Array, TokensLike, as_index, as_tokens
 from llamastate.errors import HistoryError, InvalidSequenceError
 from llamastate.history import Checkpoint, History
 from llamastate.sampler import Sampler
-from llamastate.sessioncore import SessionCore, common_prefix, count
+from llamastate.sessioncore import common_prefix, count
+from llamastate.sessionio import SessionIO, in_thread
 from llamastate.textstream import TextStream
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ class Completion(str):
         return Completion, (str(self), self.tokens, self.finish_reason)
 
 
-class Session(SessionCore):
+class Session(SessionIO):
     """One conversation in one sequence of a context.
 
     Parameters
@@ -290,23 +291,35 @@ class Session(SessionCore):
         SamplerError
             No token is left to choose.
         """
-        limit = count("max_tokens", max_tokens)
-        text = TextStream((stop,) if isinstance(stop, str) else tuple(stop))
-        made: list[int] = []
-        pieces = self._pieces(limit, sampler, text, made)
         if stream:
-            return pieces
-        whole = "".join(pieces)
+            limit = count("max_tokens", max_tokens)
+            return self._pieces(limit, sampler, _text_stream(stop), [], _never)
+        return self._generate(max_tokens, sampler, stop, _never)
+
+    def _generate(
+        self, max_tokens: int, sampler: Sampler | None, stop: str | Sequence[str], stopped: Callable[[], bool]
+    ) -> Completion:
+        limit = count("max_tokens", max_tokens)
+        text = _text_stream(stop)
+        made: list[int] = []
+        whole = "".join(self._pieces(limit, sampler, text, made, stopped))
         reason = "stop" if text.stopped is not None else "length" if len(made) == limit else "eog"
         return Completion(whole, made, reason)
 
-    def _pieces(self, limit: int, sampler: Sampler | None, text: TextStream, made: list[int]) -> Iterator[str]:
+    def _pieces(
+        self,
+        limit: int,
+        sampler: Sampler | None,
+        text: TextStream,
+        made: list[int],
+        stopped: Callable[[], bool],
+    ) -> Iterator[str]:
         model = self.ctx.model
         with self._lock:
             self._check_step()
             if limit:
                 self._need_logits()
-        while len(made) < limit and text.stopped is None:
+        while len(made) < limit and text.stopped is None and not stopped():
             with self._lock:
                 self._check_step()
                 self._need_logits()
@@ -323,6 +336,26 @@ class Session(SessionCore):
             yield rest
         with self._lock:
             self._anchor()
+
+    # --- asyncio ------------------------------------------------------------------------------------------------------
+
+    async def agenerate(
+        self, max_tokens: int, *, sampler: Sampler | None = None, stop: str | Sequence[str] = ()
+    ) -> Completion:
+        """:meth:`generate` for asyncio: computes in a thread, the loop goes on. Cancelling ends it after a token."""
+        return await in_thread(lambda stopped: self._generate(max_tokens, sampler, stop, stopped))
+
+    async def astream(
+        self, max_tokens: int, *, sampler: Sampler | None = None, stop: str | Sequence[str] = ()
+    ) -> AsyncIterator[str]:
+        """:meth:`generate` with ``stream=True`` for asyncio; each piece is computed in a thread."""
+        pieces: Iterator[str] = self.generate(max_tokens, sampler=sampler, stop=stop, stream=True)
+        while (piece := await in_thread(lambda stopped: next(pieces, None))) is not None:
+            yield piece
+
+    async def afeed(self, text_or_tokens: Any, *, parse_special: bool = False) -> int:
+        """:meth:`feed` for asyncio."""
+        return await in_thread(lambda stopped: self.feed(text_or_tokens, parse_special=parse_special))
 
     # --- going back ---------------------------------------------------------------------------------------------------
 
@@ -482,3 +515,11 @@ class Session(SessionCore):
             max_checkpoints=self._history._max_checkpoints,
             max_checkpoint_bytes=self._history._max_bytes,
         )
+
+
+def _text_stream(stop: str | Sequence[str]) -> TextStream:
+    return TextStream((stop,) if isinstance(stop, str) and stop else tuple(stop))
+
+
+def _never() -> bool:
+    return False

@@ -6,7 +6,7 @@ import contextlib
 import threading
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +27,8 @@ from llamastate.flags import SeqFlags
 from llamastate.history import Checkpoint, History, Plan
 
 if TYPE_CHECKING:
+    from typing_extensions import Self
+
     from llamastate.context import Context
 
 __all__ = ["SessionCore", "common_prefix", "count"]
@@ -47,11 +49,11 @@ class SessionCore:
         self,
         ctx: Context,
         seq_id: int,
-        tokens: TokensLike,
+        tokens: TokensLike = (),
         *,
-        checkpoint_every: int,
-        max_checkpoints: int,
-        max_checkpoint_bytes: int,
+        checkpoint_every: int = 512,
+        max_checkpoints: int = 32,
+        max_checkpoint_bytes: int = 256 << 20,
     ) -> None:
         self.ctx = ctx
         self.seq_id = as_index(seq_id, "seq_id", InvalidSequenceError)
@@ -68,6 +70,13 @@ class SessionCore:
             max_checkpoints=count("max_checkpoints", max_checkpoints),
             max_bytes=count("max_checkpoint_bytes", max_checkpoint_bytes),
         )
+
+    @classmethod
+    def _unchecked(cls, ctx: Context, seq_id: int, **options: Any) -> Self:
+        """Make a session over a sequence that holds anything, which is about to be replaced."""
+        self = cls.__new__(cls)
+        SessionCore.__init__(self, ctx, seq_id, **options)
+        return self
 
     @property
     def n_past(self) -> int:

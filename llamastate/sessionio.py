@@ -1,0 +1,194 @@
+"""A session out of its context and back: snapshots, files, and the same for asyncio."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from llamastate.history import Checkpoint
+from llamastate.sampler import Sampler
+from llamastate.sessioncore import SessionCore
+from llamastate.snapshot import CheckpointFlags, CheckpointRecord, Snapshot
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from llamastate.context import Context
+
+__all__ = ["SessionIO", "in_thread"]
+
+_T = TypeVar("_T")
+
+
+class SessionIO(SessionCore):
+    """How a :class:`~llamastate.Session` is saved and brought back. Not made directly."""
+
+    def snapshot(
+        self,
+        *,
+        out: Any = None,
+        sampler: Sampler | Mapping[str, Any] | None = None,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> Snapshot:
+        """Take everything that the session is: tokens, state, checkpoints, the logits of the last token.
+
+        Parameters
+        ----------
+        out : buffer or Snapshot, optional
+            Where to put it, as for :meth:`Snapshot.take`.
+        sampler : Sampler or mapping, optional
+            To be kept with it: :meth:`Sampler.from_state` goes on from there.
+        metadata : mapping, optional
+            Anything of JSON types.
+
+        Returns
+        -------
+        Snapshot
+        """
+        with self._lock:
+            self._check_step()
+            if self.n_past:
+                # so that the next token can be sampled at once wherever this is restored
+                self._need_logits()
+            return Snapshot.take(
+                self.ctx,
+                self.seq_id,
+                self._tokens,
+                out=out,
+                logits=self._logits if self._has_logits else None,
+                sampler=sampler,
+                checkpoints=[_record(p) for p in self._history if p.n_tokens <= self.n_past],
+                metadata=metadata,
+            )
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Become what the snapshot is of. What the session was is gone, its checkpoints too.
+
+        Raises
+        ------
+        LoadError
+            One of its subclasses says why; the session is as it was.
+        """
+        with self._lock:
+            self._check_step()
+            self._adopt(snapshot)
+
+    def _adopt(self, snapshot: Snapshot) -> None:
+        tokens = snapshot.tokens.copy()
+        row = snapshot.logits
+        # Copies: a session lives on when the file that it came from has long been replaced.
+        points = [_checkpoint(r) for r in snapshot.checkpoints]
+        snapshot.restore(self.ctx, self.seq_id)
+        self._tokens = tokens
+        self._redo = []
+        self._history.replace(points)
+        self._history.thin(len(tokens))
+        self._has_logits = row is not None
+        if row is not None:
+            self._logits[:] = row
+
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        sampler: Sampler | Mapping[str, Any] | None = None,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> int:
+        """Write the session to a file, atomically and durably.
+
+        Parameters
+        ----------
+        path : path-like
+        sampler, metadata
+            As for :meth:`snapshot`.
+
+        Returns
+        -------
+        int
+            Bytes written.
+
+        Raises
+        ------
+        SaveError
+            The old file, if any, is as it was.
+        """
+        with self.snapshot(sampler=sampler, metadata=metadata) as snapshot:
+            return snapshot.save(path)
+
+    @classmethod
+    def load(cls, ctx: Context, path: str | os.PathLike[str], *, seq_id: int = 0, **options: Any) -> Self:
+        """Bring a session back: its next token can be sampled at once, and its checkpoints are there.
+
+        Parameters
+        ----------
+        ctx : Context
+            Of the same model and cache settings.
+        path : path-like
+            Written by :meth:`save`.
+        seq_id : int
+            The sequence to use. What it held is replaced.
+        **options
+            As for :class:`Session`.
+
+        Raises
+        ------
+        LoadError
+            One of its subclasses says why (:class:`FingerprintMismatchError`: another model); the sequence is as it
+            was.
+        """
+        with Snapshot.open(path) as snapshot:
+            return cls.from_snapshot(ctx, snapshot, seq_id=seq_id, **options)
+
+    @classmethod
+    def from_snapshot(cls, ctx: Context, snapshot: Snapshot, *, seq_id: int = 0, **options: Any) -> Self:
+        """Begin a session as what the snapshot is of; :meth:`load` with the file opened already."""
+        with ctx._handle:
+            self = cls._unchecked(ctx, seq_id, **options)
+            self._adopt(snapshot)
+            return self
+
+    # --- asyncio ------------------------------------------------------------------------------------------------------
+
+    async def asave(self, path: str | os.PathLike[str], **keep: Any) -> int:
+        """:meth:`save` for asyncio."""
+        return await in_thread(lambda stopped: self.save(path, **keep))
+
+    @classmethod
+    async def aload(cls, ctx: Context, path: str | os.PathLike[str], *, seq_id: int = 0, **options: Any) -> Self:
+        """:meth:`load` for asyncio."""
+        return await in_thread(lambda stopped: cls.load(ctx, path, seq_id=seq_id, **options))
+
+
+async def in_thread(work: Callable[[Callable[[], bool]], _T]) -> _T:
+    """Run ``work(stopped)`` in a thread. A task that is cancelled tells it so, and waits for it to end."""
+    cancelled = False
+    job = asyncio.ensure_future(asyncio.to_thread(work, lambda: cancelled))
+    try:
+        return await asyncio.shield(job)
+    except asyncio.CancelledError:
+        cancelled = True
+        await asyncio.wait([job])
+        raise
+
+
+def _record(point: Checkpoint) -> CheckpointRecord:
+    flags = CheckpointFlags.AUTOMATIC if point.automatic else CheckpointFlags.NONE
+    if point.kind == "partial":
+        flags |= CheckpointFlags.PARTIAL
+    return CheckpointRecord(point.n_tokens, point.label, point.created_ns, flags, point.state, point.logits)
+
+
+def _checkpoint(record: CheckpointRecord) -> Checkpoint:
+    partial = bool(record.flags & CheckpointFlags.PARTIAL)
+    kind = "mark" if record.state is None else "partial" if partial else "full"
+    return Checkpoint(
+        record.n_tokens,
+        record.label,
+        bool(record.flags & CheckpointFlags.AUTOMATIC),
+        kind,
+        int(record.created),
+        None if record.state is None else record.state.copy(),
+        None if record.logits is None else record.logits.copy(),
+    )
