@@ -81,7 +81,9 @@ def replace_sequence(
     """
     handle = ctx._handle
     empty = ctx._span(dest) == (-1, -1)
-    room = None if empty or _obviously_fits(ctx, info, dest) else _count_room(ctx, dest)
+    # Onto positions that were moved, or cells of images, a partial state may turn out not to fit what is before it
+    uncertain = partial and (handle.moved_cells or ctx.schema.m_rope)
+    room = None if empty or (_obviously_fits(ctx, info, dest) and not uncertain) else _count_room(ctx, dest)
     if room is not None:
         for needed, available in ((info.n_cells, room.base), (info.n_window_cells, room.window)):
             if needed > available:

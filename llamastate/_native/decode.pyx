@@ -67,6 +67,8 @@ cdef int check_batch(ContextHandle h, int n, const int32_t * tokens, const int32
                 raise bad(f"sequence id {s} is given twice", n, i, s)
             if seen[s] == -1:
                 expected[s] = 0 if h.mem == NULL else c.llama_memory_seq_pos_max(h.mem, s) + 1
+            if pos[i] == 2147483647:  # which llama.cpp uses as the end of everything, and could never remove
+                raise bad("the last position is never reached", n, i, pos[i], 2147483647)
             if h.m_rope and expected[s] > 0 and pos[i] > expected[s]:
                 expected[s] = pos[i]  # positions of M-RoPE models may jump forward (images span several)
             if pos[i] != expected[s]:
