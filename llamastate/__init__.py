@@ -22,8 +22,11 @@ from llamastate.errors import *  # noqa: E402, F403
 from llamastate.fingerprint import Fingerprint, require_same  # noqa: E402
 from llamastate.flags import SeqFlags  # noqa: E402
 from llamastate.model import Model  # noqa: E402
+from llamastate.history import Checkpoint  # noqa: E402
 from llamastate.sampler import Sampler, SamplingParams  # noqa: E402
-from llamastate.snapshot import CheckpointFlags, CheckpointRecord, Snapshot  # noqa: E402
+from llamastate.session import Completion, Session, SyncResult  # noqa: E402
+from llamastate.snapparts import CheckpointFlags, CheckpointRecord  # noqa: E402
+from llamastate.snapshot import Snapshot  # noqa: E402
 
 __version__ = "0.1.0"
 
@@ -32,13 +35,17 @@ __all__ = [
     "Batch",
     "CheckpointFlags",
     "CheckpointRecord",
+    "Checkpoint",
+    "Completion",
     "Context",
     "Fingerprint",
     "Model",
     "Sampler",
     "SamplingParams",
     "SeqFlags",
+    "Session",
     "Snapshot",
+    "SyncResult",
     "__version__",
     "errors",
     "native_version",
