@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from llamastate._native.scan import first_outside
 from llamastate.errors import InvalidBatchError, InvalidBufferError, LlamaStateError, TokenizeError
 
 __all__ = ["Int32Array", "TokensLike", "as_bytes_view", "as_int32", "as_tokens"]
@@ -60,9 +61,9 @@ def as_tokens(tokens: TokensLike, n_vocab: int) -> Int32Array:
         array = as_int32(tokens, "tokens")
     except InvalidBatchError as error:
         raise TokenizeError(str(error), reason=error.reason, token=error.value, n_vocab=n_vocab) from None
-    outside = (array < 0) | (array >= n_vocab)
-    if outside.any():
-        token = int(array[int(np.argmax(outside))])
+    bad = first_outside(array, n_vocab)
+    if bad >= 0:
+        token = int(array[bad])
         raise TokenizeError(
             f"token id {token} is not in [0, {n_vocab})", reason="token id out of range", token=token, n_vocab=n_vocab
         )

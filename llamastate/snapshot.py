@@ -8,7 +8,6 @@ is first used.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import mmap as mmap_module
 import os
@@ -16,8 +15,6 @@ import pickle
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from enum import IntFlag
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
@@ -36,14 +33,24 @@ from llamastate.errors import (
     InvalidArgumentError,
     InvalidBufferError,
     LlamaStateError,
-    LogitsUnavailableError,
     TokensMismatchError,
     UnsupportedLayoutError,
 )
 from llamastate.fingerprint import Fingerprint, require_same
 from llamastate.flags import SeqFlags
+from llamastate.layout import KVSchema
 from llamastate.sampler import Sampler
 from llamastate.snapfile import Kind, Section
+from llamastate.snapparts import (
+    CheckpointFlags,
+    CheckpointRecord,
+    checkpoint_sections,
+    is_row,
+    json_section,
+    logits_section,
+    sampler_section,
+)
+from llamastate.state import SEQ_HEADER
 from llamastate.statefiles import naming, reading, save
 
 if TYPE_CHECKING:
@@ -56,45 +63,6 @@ __all__ = ["CheckpointFlags", "CheckpointRecord", "Snapshot"]
 
 #: Above this many bytes a state is hashed in a second thread while llama.cpp copies it.
 _OVERLAP = 4 << 20
-#: A file's pages all at once: some microseconds each would add up to more than the copy.
-_POPULATE = getattr(mmap_module, "MAP_POPULATE", 0)
-
-
-class CheckpointFlags(IntFlag):
-    """What a checkpoint in a snapshot is."""
-
-    NONE = 0
-    PARTIAL = 1
-    AUTOMATIC = 2
-
-
-@dataclass(frozen=True, eq=False)
-class CheckpointRecord:
-    """A checkpoint as it travels in a snapshot.
-
-    Attributes
-    ----------
-    n_tokens : int
-        How many tokens the sequence held.
-    label : str or None
-        What it was called.
-    created : int or float
-        When, in nanoseconds since the epoch.
-    flags : int
-        :class:`CheckpointFlags`; bits that this version does not know are kept.
-    state : buffer or None
-        The partial or full state; of an opened snapshot uint8[n], not copied, read-only. None if only the place is
-        remembered.
-    logits : float32[n_vocab] or None
-        What followed the last token.
-    """
-
-    n_tokens: int
-    label: str | None = None
-    created: float = 0
-    flags: int = 0
-    state: Any = dataclasses.field(default=None, repr=False)
-    logits: npt.NDArray[np.float32] | None = dataclasses.field(default=None, repr=False)
 
 
 class Snapshot(Exporter):
@@ -166,8 +134,7 @@ class Snapshot(Exporter):
             What followed the last token: no state tells it, and without it the next token can only be sampled after
             another decode. "last" takes it from the last decode.
         sampler : Sampler or mapping, optional
-            A mapping is kept as it is (JSON types). Of a sampler its parameters and seed are kept; its random numbers
-            begin anew.
+            A mapping is kept as it is (JSON types), of a sampler its :attr:`Sampler.state`.
         checkpoints : iterable of CheckpointRecord
             Copied.
         metadata : mapping, optional
@@ -196,14 +163,14 @@ class Snapshot(Exporter):
         """
         ids = as_tokens(tokens, ctx.model.n_vocab)
         items: list[tuple[int, int, Any]] = [(Kind.FINGERPRINT, 0, None), (Kind.TOKENS, 0, ids)]
-        row = None if logits is None else _logits(logits, ctx.model.n_vocab)
+        row = None if logits is None else logits_section(logits, ctx.model.n_vocab)
         if logits is not None:
             items.append((Kind.LOGITS, 0, np.empty(ctx.model.n_vocab, np.float32) if row is None else row))
         if sampler is not None:
-            items.append((Kind.SAMPLER, 0, _json("sampler", _sampler_state(sampler))))
+            items.append((Kind.SAMPLER, 0, sampler_section(sampler)))
         if metadata is not None:
-            items.append((Kind.METADATA, 0, _json("metadata", metadata)))
-        items += _checkpoint_items(list(checkpoints))
+            items.append((Kind.METADATA, 0, json_section("metadata", metadata)))
+        items += checkpoint_sections(list(checkpoints))
         with ctx._handle as handle:
             ctx._refuse_pending("Snapshot.take")
             state.check(handle, seq_id, 0)
@@ -216,7 +183,7 @@ class Snapshot(Exporter):
             places = [(kind, detail, memoryview(data).nbytes) for kind, detail, data in items]
             # the state comes last: so it has a place before its size is known
             *sections, last = snapfile.lay_out([*places, (Kind.STATE, 0, 0)])
-            buffer, n = _fill(ctx, seq, last.offset, out)
+            buffer, n = _fill(ctx, seq, len(ids), last.offset, out)
         sections.append(last._replace(length=n))
         span = Span(buffer, last.offset + n, True)
         with memoryview(span) as image:
@@ -257,7 +224,7 @@ class Snapshot(Exporter):
             size = os.fstat(file.fileno()).st_size
             data: Any = b""
             if size and mmap:
-                data = _map(file.fileno(), size)
+                data = mmap_module.mmap(file.fileno(), size, access=mmap_module.ACCESS_READ)
             elif size:
                 data = np.empty(size, np.uint8)
                 _read_into(file, memoryview(data))
@@ -583,7 +550,7 @@ class _Checkpoints(Sequence[CheckpointRecord]):
             return [self[i] for i in range(*index.indices(len(self)))]
         i = range(len(self))[index]
         snapshot, row = self._snapshot, self._rows[i]
-        if not _is_row(row):
+        if not is_row(row):
             raise snapshot._named(_corrupt(snapshot._sections[Kind.CHECKPOINTS, 0], 0, f"checkpoint {i}: {row!r:.80}"))
         sections = snapshot._sections
         has_state, has_logits = (Kind.CHECKPOINT_STATE, i) in sections, (Kind.CHECKPOINT_LOGITS, i) in sections
@@ -597,19 +564,10 @@ class _Checkpoints(Sequence[CheckpointRecord]):
         )
 
 
-_ROW = {"n_tokens": (int,), "label": (str, type(None)), "created": (int, float), "flags": (int,)}
-
-
-def _is_row(row: Any) -> bool:
-    if type(row) is not dict or not all(type(row.get(name, ...)) in kinds for name, kinds in _ROW.items()):
-        return False
-    return bool(0 <= row["n_tokens"] < 1 << 31 and 0 <= row["flags"] < 1 << 32)
-
-
 # --- taking ---------------------------------------------------------------------------------------------------------
 
 
-def _fill(ctx: Context, seq: int, start: int, out: Any) -> tuple[Any, int]:
+def _fill(ctx: Context, seq: int, n: int, start: int, out: Any) -> tuple[Any, int]:
     """Get the state into ``out`` from ``start`` on, or into new memory; the buffer, and bytes of the state."""
     handle = ctx._handle
     old = out if isinstance(out, Snapshot) else None
@@ -627,25 +585,21 @@ def _fill(ctx: Context, seq: int, start: int, out: Any) -> tuple[Any, int]:
         size = start + state.seq_get_size(handle, seq, 0)
         # a conversation grows: leave room, so that the next snapshot finds its memory touched (untouched costs none)
         out = np.empty(size if old is None else size + size // 8, np.uint8)
-    if _nbytes(out) < start:
-        raise _too_small(ctx, seq, start, out)
-    buffer = Span(out, _nbytes(out), True)
-    with memoryview(buffer) as view, view[start:] as place:
+    with as_bytes_view(out) as view, view[start:] as place:
         try:
-            return out, state.seq_get_data_into(handle, place, seq, 0)
+            if view.nbytes >= start:
+                return out, state.seq_get_data_into(handle, place, seq, 0, _at_most(ctx.schema, n))
         except BufferTooSmallError:
-            raise _too_small(ctx, seq, start, out) from None
+            pass
+        needed = start + state.seq_get_size(handle, seq, 0)
+        raise BufferTooSmallError(
+            f"the snapshot takes {needed} bytes, the buffer has {view.nbytes}", needed=needed, got=view.nbytes
+        )
 
 
-def _nbytes(obj: Any) -> int:
-    """Bytes of a buffer, or the error that says why it is none."""
-    with as_bytes_view(obj) as view:
-        return view.nbytes
-
-
-def _too_small(ctx: Context, seq: int, start: int, out: Any) -> BufferTooSmallError:
-    needed, got = start + state.seq_get_size(ctx._handle, seq, 0), _nbytes(out)
-    return BufferTooSmallError(f"the snapshot takes {needed} bytes, the buffer has {got}", needed=needed, got=got)
+def _at_most(schema: Schema, n: int) -> int:
+    """Bytes that a state of ``n`` tokens does not exceed."""
+    return SEQ_HEADER + sum(p.sequence_bytes(n if isinstance(p, KVSchema) else 1) for p in schema.parts)
 
 
 def _check_step(n: int, low: int, high: int, schema: Schema) -> None:
@@ -674,64 +628,6 @@ def _check_info(info: SequenceInfo, n: int, schema: Schema, section: Section) ->
         )
 
 
-def _logits(given: npt.ArrayLike | str, n_vocab: int) -> npt.NDArray[np.float32] | None:
-    if isinstance(given, str):
-        if given != "last":
-            raise InvalidArgumentError(f"logits = {given!r} is not 'last'", name="logits", value=given, limit="last")
-        return None
-    try:
-        row = np.ascontiguousarray(given, dtype="<f4")
-    except (TypeError, ValueError):
-        row = np.empty((0, 0), "<f4")
-    if row.shape != (n_vocab,):
-        raise LogitsUnavailableError(f"logits have shape {row.shape}, not ({n_vocab},)", n_outputs=row.size)
-    return row
-
-
-def _sampler_state(given: Sampler | Mapping[str, Any]) -> Mapping[str, Any]:
-    if not isinstance(given, Sampler):
-        return given
-    params = {f.name: getattr(given.params, f.name) for f in dataclasses.fields(given.params)}
-    # JSON has no infinity, and only text for keys
-    bias = [
-        [int(token), None if value == -np.inf else float(value)] for token, value in given.params.logit_bias.items()
-    ]
-    return {"params": {**params, "seed": given.seed, "logit_bias": bias}}
-
-
-def _checkpoint_items(records: list[CheckpointRecord]) -> list[tuple[int, int, Any]]:
-    if not records:
-        return []
-    if 2 * len(records) > snapfile.MAX_SECTIONS - 8:
-        raise InvalidArgumentError(
-            f"{len(records)} checkpoints", name="checkpoints", value=len(records), limit=snapfile.MAX_SECTIONS // 2 - 4
-        )
-    rows = [{"n_tokens": r.n_tokens, "label": r.label, "created": r.created, "flags": int(r.flags)} for r in records]
-    for i, row in enumerate(rows):
-        if not _is_row(row):
-            raise InvalidArgumentError(f"checkpoint {i}: {row!r:.200}", name="checkpoints", value=row)
-    items: list[tuple[int, int, Any]] = [(Kind.CHECKPOINTS, 0, _json("checkpoints", rows))]
-    for i, record in enumerate(records):
-        if record.state is not None:
-            items.append((Kind.CHECKPOINT_STATE, i, as_bytes_view(record.state)))
-        if record.logits is not None:
-            items.append((Kind.CHECKPOINT_LOGITS, i, np.ascontiguousarray(record.logits, "<f4").reshape(-1)))
-    return items
-
-
-def _json(name: str, value: Any) -> bytes:
-    if isinstance(value, Mapping):
-        value = dict(value)
-    elif not isinstance(value, list):
-        kind = type(value).__name__
-        raise InvalidArgumentError(f"{name} is {kind}, not a mapping", name=name, value=kind)
-    try:
-        text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-        return text.encode()
-    except (TypeError, ValueError, RecursionError) as error:
-        raise InvalidArgumentError(f"{name} is not of JSON types: {error}", name=name) from None
-
-
 # --- reading --------------------------------------------------------------------------------------------------------
 
 
@@ -750,12 +646,6 @@ def _corrupt(section: Section, at: int, reason: str) -> CorruptStateError:
     return CorruptStateError(
         f"damaged snapshot: {name}: {reason}", reason=reason, offset=section.offset + at, section=name
     )
-
-
-def _map(fd: int, size: int) -> mmap_module.mmap:
-    if _POPULATE:
-        return mmap_module.mmap(fd, size, mmap_module.MAP_SHARED | _POPULATE, mmap_module.PROT_READ)
-    return mmap_module.mmap(fd, size, access=mmap_module.ACCESS_READ)
 
 
 def _read_into(file: Any, view: memoryview) -> None:

@@ -118,10 +118,15 @@ def seq_get_size(ContextHandle h, seq_id, flags):
         h.release()
 
 
-def seq_get_data_into(ContextHandle h, out, seq_id, flags):
-    """``llama_state_seq_get_data_ext`` into ``out``; the number of bytes written."""
+def seq_get_data_into(ContextHandle h, out, seq_id, flags, size_t at_most=0):
+    """``llama_state_seq_get_data_ext`` into ``out``; the number of bytes written.
+
+    ``at_most`` is a size that the state does not exceed, if the caller knows one: it saves a walk over all cells when
+    the buffer has room for that.
+    """
     cdef Pinned buf = pin(out, True)
     cdef size_t needed, written
+    cdef bint known_to_fit = 0 < at_most <= <size_t> buf.view.len
     cdef int32_t seq
     cdef uint32_t f
     try:
@@ -129,12 +134,15 @@ def seq_get_data_into(ContextHandle h, out, seq_id, flags):
         try:
             seq, f = h.seq(seq_id), known(flags)
             log.clear_errors()
-            with nogil:
-                needed = c.llama_state_seq_get_size_ext(h.ptr, seq, f)
-            check_space(needed, buf)
+            if known_to_fit:
+                needed = at_most
+            else:
+                with nogil:
+                    needed = c.llama_state_seq_get_size_ext(h.ptr, seq, f)
+                check_space(needed, buf)
             with nogil:
                 written = c.llama_state_seq_get_data_ext(h.ptr, <uint8_t *> buf.view.buf, needed, seq, f)
-            if written != needed:
+            if written != needed and not (known_to_fit and 0 < written < needed):
                 raise save_failed("state_seq_get_data", written, needed)
             return written
         finally:

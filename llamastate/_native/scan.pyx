@@ -1,8 +1,8 @@
 # distutils: language = c++
 # cython: language_level=3, boundscheck=False, wraparound=False
-"""Walking over lists of strings: a vocabulary has hundreds of thousands, and Python would take a second over them."""
+"""Loops over things that are too many for Python, or too few for NumPy's preparations."""
 
-from libc.stdint cimport uint64_t
+from libc.stdint cimport int32_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 
 
@@ -32,3 +32,12 @@ def skip_strings(const unsigned char[::1] data, Py_ssize_t at, uint64_t count):
             raise ValueError(f"a string of {length} bytes at {at}")
         at += <Py_ssize_t> length
     return at
+
+
+def first_outside(const int32_t[::1] ids, uint32_t limit):
+    """Index of the first number that is not in ``[0, limit)``, or -1."""
+    cdef Py_ssize_t i
+    for i in range(ids.shape[0]):
+        if <uint32_t> ids[i] >= limit:
+            return i
+    return -1
