@@ -21,8 +21,8 @@ from llamastate.context import Context  # noqa: E402
 from llamastate.errors import *  # noqa: E402, F403
 from llamastate.fingerprint import Fingerprint, require_same  # noqa: E402
 from llamastate.flags import SeqFlags  # noqa: E402
-from llamastate.model import Model  # noqa: E402
 from llamastate.history import Checkpoint  # noqa: E402
+from llamastate.model import Model  # noqa: E402
 from llamastate.sampler import Sampler, SamplingParams  # noqa: E402
 from llamastate.session import Completion, Session, SyncResult  # noqa: E402
 from llamastate.snapparts import CheckpointFlags, CheckpointRecord  # noqa: E402
@@ -33,9 +33,9 @@ __version__ = "0.1.0"
 __all__ = [
     "Adapter",
     "Batch",
+    "Checkpoint",
     "CheckpointFlags",
     "CheckpointRecord",
-    "Checkpoint",
     "Completion",
     "Context",
     "Fingerprint",
