@@ -348,7 +348,7 @@ def test_attachments_share_a_lock(llm: llama_cpp.Llama):
 @pytest.mark.parametrize("name", KINDS)
 def test_attachments_share_device_states(name: str):
     """Taken through one, good through the other; and void when either takes another."""
-    llm = make(tiny.path(name))
+    llm = make(tiny.path(name), flash_attn=True)
     one, two = Context.attach(llm), Context.attach(llm)
     llm.eval(TEXT.tolist())
     blob = one.state_seq_get_data(0, SeqFlags.ON_DEVICE)
