@@ -1,4 +1,6 @@
-from typing import Any
+import numpy as np
+import numpy.typing as npt
 
-def skip_strings(data: Any, at: int, count: int) -> int: ...
-def first_outside(ids: Any, limit: int) -> int: ...
+def usual_sequence(
+    body: memoryview, preamble: bytes, headers: bytes, cell_bytes: npt.NDArray[np.int64]
+) -> tuple[int, int, int] | None: ...

@@ -18,6 +18,7 @@ from struct import Struct
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from llamastate.errors import UnsupportedLayoutError
 
@@ -126,6 +127,11 @@ class KVSchema:
                 t, row = entry
                 values.append(Tensor(_TYPE_ROW.pack(t, row), row, "V", i))
         return (*keys, *values)
+
+    @cached_property
+    def scan_table(self) -> tuple[bytes, NDArray[np.int64]]:
+        """The layers as ``_native.scan`` compares them: all headers in a row, bytes of a cell in each layer."""
+        return b"".join(t.header for t in self.tensors), np.array([t.cell_bytes for t in self.tensors], np.int64)
 
     @cached_property
     def bytes_per_cell(self) -> int:

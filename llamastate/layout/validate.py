@@ -14,19 +14,23 @@ Checksums (in files) and the caller's own record of positions cover those.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from struct import Struct
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
+from llamastate._native.scan import usual_sequence
 from llamastate.errors import CorruptStateError, LayoutMismatchError, NotEnoughCellsError
 from llamastate.layout.cursor import Borrowed
 from llamastate.layout.infer import identify
 from llamastate.layout.positions import POS_END, Rules, check_window, fail, loose_positions, run_positions
 from llamastate.layout.schema import MAX_SEQ, KVSchema, Limits, RecurrentSchema, Schema
-from llamastate.layout.walk import Cells, ContextWalk, SequenceWalk, Span, walk_context, walk_sequence
+from llamastate.layout.walk import SEQUENCE_MAGIC, Cells, ContextWalk, SequenceWalk, Span, walk_context, walk_sequence
 
 __all__ = ["ContextInfo", "SequenceInfo", "validate_context", "validate_sequence"]
+
+_HEADER = Struct("<II")  # magic and sequence id
 
 _Parts: TypeAlias = "tuple[KVSchema | RecurrentSchema, ...]"
 
@@ -143,6 +147,9 @@ def validate_sequence(
     bytes are neither read nor copied; about 0.1 ms for 2,048 cells in 30 layers.
     """
     with Borrowed(buf) as view:
+        usual = None if partial or on_device else _usual(view, schema, limits, header)
+        if usual is not None:
+            return usual
         try:
             return _check_sequence(
                 walk_sequence(view, schema, partial=partial, on_device=on_device, header=header),
@@ -154,6 +161,30 @@ def validate_sequence(
         except CorruptStateError as error:
             _raise_if_foreign(view, schema, partial, header, error)
             raise
+
+
+def _usual(view: memoryview, schema: Schema, limits: Limits, header: bool) -> SequenceInfo | None:
+    """What nearly all blobs are, without a look at anything in Python: see ``_native.scan``. None: look closer."""
+    part = schema.parts[0]
+    start = _HEADER.size if header else 0
+    if (
+        len(schema.parts) > 1
+        or not isinstance(part, KVSchema)
+        or part.has_ext
+        or part.n_stream > 1
+        or len(view) < start
+    ):
+        return None
+    found = usual_sequence(view[start:], part.preamble, *part.scan_table)
+    if found is None:
+        return None
+    n_cells, first, seq_id = found
+    if n_cells > limits.base_cells or seq_id >= MAX_SEQ or first + n_cells > POS_END:
+        return None
+    if header and _HEADER.unpack_from(view) != (SEQUENCE_MAGIC, seq_id):
+        return None
+    last = first + n_cells - 1
+    return SequenceInfo(seq_id, n_cells, 0, False, first, last, first, len(view))
 
 
 def _raise_if_foreign(view: memoryview, schema: Schema, partial: bool, header: bool, error: CorruptStateError) -> None:
