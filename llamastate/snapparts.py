@@ -108,7 +108,10 @@ def checkpoint_sections(records: list[CheckpointRecord]) -> list[tuple[int, int,
     for i, row in enumerate(rows):
         if not is_row(row):
             raise InvalidArgumentError(f"checkpoint {i}: {row!r:.200}", name="checkpoints", value=row)
-    items: list[tuple[int, int, Any]] = [(Kind.CHECKPOINTS, 0, json_section("checkpoints", rows))]
+    try:
+        items: list[tuple[int, int, Any]] = [(Kind.CHECKPOINTS, 0, _canonical(rows))]
+    except ValueError as error:  # a time that is no number, a label that is no text
+        raise InvalidArgumentError(f"checkpoints: {error}", name="checkpoints") from None
     for i, record in enumerate(records):
         if record.state is not None:
             items.append((Kind.CHECKPOINT_STATE, i, as_bytes_view(record.state)))
@@ -118,14 +121,16 @@ def checkpoint_sections(records: list[CheckpointRecord]) -> list[tuple[int, int,
 
 
 def json_section(name: str, value: Any) -> bytes:
-    """A mapping or a list as canonical JSON."""
-    if isinstance(value, Mapping):
-        value = dict(value)
-    elif not isinstance(value, list):
+    """A mapping as canonical JSON."""
+    if not isinstance(value, Mapping):
         kind = type(value).__name__
         raise InvalidArgumentError(f"{name} is {kind}, not a mapping", name=name, value=kind)
     try:
-        text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-        return text.encode()
+        return _canonical(dict(value))
     except (TypeError, ValueError, RecursionError) as error:
         raise InvalidArgumentError(f"{name} is not of JSON types: {error}", name=name) from None
+
+
+def _canonical(value: Any) -> bytes:
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return text.encode()
