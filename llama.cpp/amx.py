@@ -13,6 +13,7 @@ import os
 import re
 import runpy
 import subprocess
+import sys
 from pathlib import Path
 
 FLAG = "-mno-amx-int8"
@@ -41,4 +42,5 @@ def cmake_args(compiler: str) -> str:
 
 
 if __name__ == "__main__":
-    pass
+    arguments = [os.environ.get("CMAKE_ARGS", ""), cmake_args(os.environ.get("CC") or "cc")]
+    sys.stdout.write(" ".join(filter(None, arguments)) + "\n")
