@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from llamastate._native.scan import first_outside
+from llamastate._native.lists import first_outside
 from llamastate.errors import InvalidBatchError, InvalidBufferError, LlamaStateError, TokenizeError
 
 __all__ = ["Int32Array", "TokensLike", "as_bytes_view", "as_int32", "as_tokens"]

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
 
-from llamastate._native.scan import skip_strings
+from llamastate._native.lists import skip_strings
 
 __all__ = ["GGUFError", "Identity", "Stamps", "TensorInfo", "identify", "stamps_of"]
 
