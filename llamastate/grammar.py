@@ -54,6 +54,8 @@ def check_grammar(text: str) -> None:
     -----
     ``llama_grammar_parser::parse``, ``llama_grammar_detect_left_recursion``. O(length).
     """
+    if not text:
+        raise _refused("it is empty")  # llama.cpp takes that for no grammar, and lets everything pass
     if len(text) > MAX_BYTES:
         raise _refused(f"{len(text)} characters, more than {MAX_BYTES}")
     depth = rules = elements = 0
