@@ -355,7 +355,7 @@ class Snapshot(Exporter):
     def _section(self, key: tuple[int, int]) -> memoryview:
         """The bytes of a section, verified."""
         section = self._sections[key]
-        view = memoryview(self._image())[section.offset : section.offset + section.length]
+        view = memoryview(self._image()).toreadonly()[section.offset : section.offset + section.length]
         if key in self._unverified:
             with naming(self.path):
                 _verify(view, section)
@@ -367,9 +367,7 @@ class Snapshot(Exporter):
         if section.length % np.dtype(dtype).itemsize:
             with naming(self.path):
                 raise _corrupt(section, 0, f"{section.length} bytes")
-        array = np.frombuffer(self._section((kind, detail)), dtype)
-        array.flags.writeable = False
-        return array
+        return np.frombuffer(self._section((kind, detail)), dtype)
 
     def _parsed(self, kind: int) -> Any:
         section = self._sections.get((kind, 0))
