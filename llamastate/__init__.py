@@ -22,6 +22,7 @@ from llamastate.errors import *  # noqa: E402, F403
 from llamastate.fingerprint import Fingerprint, require_same  # noqa: E402
 from llamastate.flags import SeqFlags  # noqa: E402
 from llamastate.history import Checkpoint  # noqa: E402
+from llamastate.manager import SessionInfo, SessionManager  # noqa: E402
 from llamastate.model import Model  # noqa: E402
 from llamastate.sampler import Sampler, SamplingParams  # noqa: E402
 from llamastate.session import Completion, Session, SyncResult  # noqa: E402
@@ -44,6 +45,8 @@ __all__ = [
     "SamplingParams",
     "SeqFlags",
     "Session",
+    "SessionInfo",
+    "SessionManager",
     "Snapshot",
     "SyncResult",
     "__version__",

@@ -18,6 +18,9 @@ STEP = 2 << 20
 
 SYNC_FILE_RANGE_WRITE = 2
 
+#: Temporary files that this process is writing now; any other of its name is litter of a process that died.
+unfinished: set[str] = set()
+
 
 def _find_sync_file_range() -> Any:
     """Linux's ``sync_file_range``, which the standard library does not have; ``None`` elsewhere."""
@@ -65,6 +68,14 @@ def write_atomically(path: str | os.PathLike[str], chunks: Iterable[Any], *, dur
         # rename() would put an ordinary file in the place of a device: the end of /dev/null, for one
         raise OSError(errno.EINVAL, "Not a regular file", target)
     temporary = os.path.join(folder, f".{name[:200]}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    unfinished.add(temporary)
+    try:
+        return _write_and_replace(temporary, target, chunks, durable=durable)
+    finally:
+        unfinished.discard(temporary)
+
+
+def _write_and_replace(temporary: str, target: str, chunks: Iterable[Any], *, durable: bool) -> int:
     # O_EXCL: never write through something that somebody planted. 0o666: the umask decides, as for any other file.
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o666)
     try:
@@ -80,7 +91,7 @@ def write_atomically(path: str | os.PathLike[str], chunks: Iterable[Any], *, dur
             os.unlink(temporary)
         raise
     if durable:
-        fsync_folder(folder)
+        fsync_folder(os.path.dirname(target))
     return written
 
 

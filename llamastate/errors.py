@@ -40,6 +40,7 @@ __all__ = [
     "LoadError",
     "LogTamperedError",
     "LogitsUnavailableError",
+    "MediaTokensError",
     "ModelLoadError",
     "NativeVersionError",
     "NoKVSlotError",
@@ -50,6 +51,7 @@ __all__ = [
     "SaveError",
     "SequenceChangedError",
     "SequencesNotEmptyError",
+    "SessionExistsError",
     "SessionNameError",
     "SessionNotFoundError",
     "StateError",
@@ -381,6 +383,13 @@ class NotEnoughCellsError(LoadError, MemoryError):
     available: int | None
 
 
+class MediaTokensError(LoadError):
+    """A slot file of llama-server with images or audio among its tokens, which only llama-server can place."""
+
+    fields: ClassVar[tuple[str, ...]] = ("path", "reason", "n_chunks")
+    n_chunks: int | None
+
+
 class OnDeviceStateError(LoadError):
     """An ``ON_DEVICE`` blob that is not the last one this context made for that sequence."""
 
@@ -442,6 +451,10 @@ class SessionNameError(LlamaStateError, ValueError):
     fields: ClassVar[tuple[str, ...]] = ("name", "reason")
     name: str | None
     reason: str | None
+
+
+class SessionExistsError(SessionNameError, FileExistsError):
+    """There is a session of that name already."""
 
 
 class HeadMovedError(LlamaStateError, RuntimeError):
