@@ -207,7 +207,11 @@ def test_what_is_no_text(model: Model, text: Any):
     assert isinstance(caught.value, ValueError)
 
 
-@pytest.mark.parametrize("data", [b"\xff\xfe", b"a\x80b", b"\xf0\x9f", bytearray(b"the"), memoryview(b"the")], ids=repr)
+@pytest.mark.parametrize(
+    "data",
+    [b"\xff\xfe", b"a\x80b", b"\xf0\x9f", bytearray(b"the"), memoryview(b"the")],
+    ids=lambda data: bytes(data).hex() + type(data).__name__,
+)
 def test_bytes_that_need_not_be_text(model: Model, data: Any):
     """Bytes go to llama.cpp as they are; what is no UTF-8 gives tokens, and never an end of the process."""
     ids = model.tokenize(data, add_special=False)
