@@ -1,6 +1,10 @@
+from typing_extensions import disjoint_base
+
 from llamastate._native.handles import ContextHandle, ModelHandle
 
+@disjoint_base
 class AdapterHandle:
+    def __init__(self, *args: object, **kwargs: object) -> None: ...
     @property
     def borrowed(self) -> bool: ...
     @property

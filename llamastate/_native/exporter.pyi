@@ -1,5 +1,8 @@
 from typing import Any
 
+from typing_extensions import disjoint_base
+
+@disjoint_base
 class Span:
     def __init__(self, obj: Any, length: int, writable: bool) -> None: ...
     @property
