@@ -167,8 +167,9 @@ def _guard(llm: Any) -> None:
     have to refer to them, and so keep them alive, or else fail when the garbage collector ends them.
     """
     for obj, effects in ((llm, _GUARDED_LLAMA), (llm._ctx, _GUARDED)):
-        if "_llamastate_guarded" not in vars(type(obj)):
-            obj.__class__ = _guarded_class(type(obj), tuple(effects.items()))
+        cls: Any = type(obj)
+        if "_llamastate_guarded" not in vars(cls):
+            obj.__class__ = _guarded_class(cls, tuple(effects.items()))
 
 
 @functools.cache
