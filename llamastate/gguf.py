@@ -88,12 +88,12 @@ def stamps_of(path: str) -> Stamps:
     OSError
         One is not there.
     """
-    stamps = []
-    for part in parts_of(path):
-        real = os.path.realpath(part)
-        s = os.stat(real)
-        stamps.append((real, s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns))
-    return tuple(stamps)
+    return tuple(_stamp(os.path.realpath(part)) for part in parts_of(path))
+
+
+def _stamp(real: str) -> tuple[str, int, int, int, int]:
+    s = os.stat(real)
+    return real, s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns
 
 
 def identify(path: str, stamps: Stamps | None = None) -> Identity:
@@ -122,10 +122,11 @@ def identify(path: str, stamps: Stamps | None = None) -> Identity:
     known = _known.get(before)
     if known is not None:
         return known
-    if stamps is not None and stamps_of(path) != stamps:
+    # by their real paths: the working folder, or where a link points to, may be another by now
+    if stamps is not None and tuple(_stamp(s[0]) for s in stamps) != stamps:
         raise GGUFError("it has been changed or replaced since it was loaded")
     identity = _read(before)
-    if stamps_of(path) != before:
+    if tuple(_stamp(s[0]) for s in before) != before:
         raise GGUFError("it was changed while it was being read")
     while len(_known) >= _MAX_KNOWN:
         _known.pop(next(iter(_known)))

@@ -277,6 +277,19 @@ def test_remembered_by_what_the_file_was(plain: Path):
         assert ctx.state_seq_get_data(0).any()  # bare states need none
 
 
+def test_a_path_that_means_something_else_by_now(plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """What was loaded counts: neither another working folder nor a link that was turned changes it."""
+    link = tmp_path / "link.gguf"
+    link.symlink_to(plain)
+    monkeypatch.chdir(tmp_path)
+    with Model("link.gguf") as loaded:
+        gguf._known.clear()
+        link.unlink()
+        link.symlink_to(tiny.path("dense", seed=1))
+        monkeypatch.chdir("/")
+        assert loaded.identity.digest == gguf.identify(str(plain)).digest
+
+
 def test_a_cut_off_model(plain: Path, tmp_path: Path):
     """Of no length is there anything but one kind of error, or (inside the last tensor) another identity."""
     data = plain.read_bytes()
