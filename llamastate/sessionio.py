@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from llamastate import sessionfiles
 from llamastate.history import Checkpoint
 from llamastate.sampler import Sampler
 from llamastate.sessioncore import SessionCore
@@ -148,6 +149,65 @@ class SessionIO(SessionCore):
             self = cls._unchecked(ctx, seq_id, **options)
             self._adopt(snapshot)
             return self
+
+    # --- llama.cpp's own files ----------------------------------------------------------------------------------------
+
+    @classmethod
+    def import_file(cls, ctx: Context, path: str | os.PathLike[str], *, seq_id: int = 0, **options: Any) -> Self:
+        """Begin a session as what a file of llama.cpp holds: a GGSN of llama-cli, a GGSQ of llama-server or others.
+
+        Parameters
+        ----------
+        ctx : Context
+            Of the same model and cache settings. The file does not name its model: that is the caller's promise.
+        path : path-like
+            With one sequence in it.
+        seq_id : int
+            The sequence to use. What it held is replaced.
+        **options
+            As for :class:`Session`.
+
+        Raises
+        ------
+        LoadError
+            One of its subclasses says why (:class:`MediaTokensError`: images among the tokens); the sequence is as it
+            was.
+        TokensMismatchError
+            The state is not of the tokens beside it; likewise.
+
+        Notes
+        -----
+        Such files carry no logits. The first :meth:`Session.generate` decodes the last token again; of a recurrent or
+        hybrid model all tokens.
+        """
+        with ctx._handle:
+            self = cls._unchecked(ctx, seq_id, **options)
+            self._tokens = sessionfiles.load_file(ctx, path, self.seq_id)
+            return self
+
+    def export_file(self, path: str | os.PathLike[str], *, format: str = "ggsq") -> int:  # noqa: A002
+        """Write a file that llama.cpp reads, atomically and durably. Checkpoints do not go with it.
+
+        Parameters
+        ----------
+        path : path-like
+        format : {"ggsq", "ggsq-packed", "ggsn"}
+            For ``llama_state_seq_load_file`` (llama-cpp-python, older llama-server); the same with the tokens packed as
+            newer llama-server packs them; for ``llama_state_load_file`` (llama-cli), as sequence 0.
+
+        Returns
+        -------
+        int
+            Bytes written.
+
+        Raises
+        ------
+        SaveError
+            The old file, if any, is as it was.
+        """
+        with self._lock, self.ctx._handle:
+            self._check_step()
+            return sessionfiles.save_file(self.ctx, path, self.seq_id, self._tokens, format)
 
     # --- asyncio ------------------------------------------------------------------------------------------------------
 
