@@ -226,8 +226,8 @@ def _describe_native(path: str) -> dict[str, Any]:
         parts = identify(view[start:], header=False)
         if parts is not None:
             facts["layout"] = [part.name for part in parts]
-        elif head.kind == "sequence":
-            # every kind of memory that this package knows was tried
+        elif head.kind == "sequence" and (facts["n_tokens"] or len(view) < start + 8):
+            # of nothing no structure can be told; else every kind of memory that this package knows was tried
             raise CorruptStateError(
                 "the state is of no known structure: it is damaged, or of a model that is not supported",
                 reason="no known structure",
