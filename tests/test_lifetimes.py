@@ -296,3 +296,20 @@ sampler.sample(ctx)
 """
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_the_end_closes_what_is_open():
+    """Before the library goes, which a GPU would not survive. Whoever registered first runs last."""
+    done = children.run(
+        """
+import atexit
+def report():
+    print(ctx.closed, model.closed)
+atexit.register(report)
+import llamastate
+from tests import tiny
+model = llamastate.Model(tiny.path("dense"))
+ctx = llamastate.Context(model, n_ctx=256, n_threads=1)
+"""
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "True True\n", "")
