@@ -17,13 +17,14 @@ from llamastate._native import log, memory, state
 from llamastate.errors import LoadError, NotEnoughCellsError
 from llamastate.flags import SeqFlags
 from llamastate.layout.schema import KVSchema
-from llamastate.layout.walk import Span, walk_context
+from llamastate.layout.validate import SequenceInfo
+from llamastate.layout.walk import Span, walk_context, walk_sequence
 
 if TYPE_CHECKING:
-    from llamastate.layout import Schema, SequenceInfo
+    from llamastate.layout import Schema
     from llamastate.state import StateAPI
 
-__all__ = ["check_base", "replace_sequence"]
+__all__ = ["check_base", "copy_sequence", "replace_sequence"]
 
 
 class Room(NamedTuple):
@@ -105,6 +106,41 @@ def replace_sequence(
         if info.n_cells > available:
             raise _not_enough(info.n_cells, max(0, available))
     raise LoadError(f"llama.cpp refused the state: {problem}", reason=problem)
+
+
+def copy_sequence(ctx: StateAPI, src: int, dest: int) -> None:
+    """Put the state of ``src`` into cells that belong to ``dest`` alone; ``src`` itself gets cells of its own so.
+
+    Not validated as others are: what was just taken from the same place is what it is, positions that are missing or
+    come twice (:meth:`Context.seq_rm` of a part, :meth:`Context.seq_div`) and all.
+
+    Raises
+    ------
+    NotEnoughCellsError
+        Nothing has changed.
+    """
+    blob = np.empty(state.seq_get_size(ctx._handle, src, 0), np.uint8)
+    state.seq_get_data_into(ctx._handle, blob, src, 0)
+    cells = {"base": 0, "window": 0}
+    lows = {}
+    for part, span in zip(ctx.schema.parts, walk_sequence(blob.data, ctx.schema).spans, strict=True):
+        if span is not None and len(span.cells.pos):
+            lows[part.name] = int(span.cells.pos.min())
+            if isinstance(part, KVSchema):
+                cells[part.role] = len(span.cells.pos)
+    if "window" in lows:
+        lows.pop("base", None)  # what is asked for the smallest position is the window's cache
+    info = SequenceInfo(
+        src_seq_id=src,
+        n_cells=cells["base"],
+        n_window_cells=cells["window"],
+        has_recurrent=any(not isinstance(part, KVSchema) for part in ctx.schema.parts),
+        pos_min=max(lows.values(), default=-1),
+        pos_max=ctx._span(src)[1],
+        first_pos=-1,
+        n_bytes=blob.nbytes,
+    )
+    replace_sequence(ctx, blob.data, info, dest, 0, partial=False)
 
 
 def _set(ctx: StateAPI, view: memoryview, info: SequenceInfo, dest: int, flags: int, *, partial: bool) -> str | None:

@@ -10,6 +10,7 @@ from llamastate.arrays import Int32Array, as_index
 from llamastate.errors import InvalidPositionError, LlamaStateError
 from llamastate.exactness import can_trim
 from llamastate.params import I32
+from llamastate.restore import copy_sequence
 from llamastate.state import StateAPI
 
 __all__ = ["SequenceAPI"]
@@ -215,7 +216,7 @@ class SequenceAPI(StateAPI):
         if not self._handle.shared_cells or not shares or self.n_seq_max == 1:
             return
         self._refuse_pending("seq_add")
-        self.state_seq_set_data(self.state_seq_get_data(seq_id), seq_id)
+        copy_sequence(self, seq_id, seq_id)
 
     def _free_window(self, seq_ids: Int32Array) -> bool:
         """Give back window cells that nobody needs and llama.cpp keeps; whether there were any.

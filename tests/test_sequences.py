@@ -9,7 +9,7 @@ import llama_cpp as lib
 import numpy as np
 import pytest
 
-from llamastate import Batch, Context, InvalidPositionError, PendingUpdateError
+from llamastate import Batch, Context, InvalidPositionError, NotEnoughCellsError, PendingUpdateError
 from tests import raw, tiny
 from tests.helpers import KINDS, assert_same_logits, context, follow, nmse, tokens
 
@@ -298,6 +298,37 @@ def test_moving_one_does_not_move_the_other(how: str, move: str):
             else:
                 alone.seq_div(0, 10, 30, 2)
             assert nmse(moved, follow(alone, 7, 4)[1]) < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["dense", "mamba"])
+def test_moving_a_copy_that_has_gaps(kind: str):
+    """A copy forgets its middle and closes up, as one does to make room; and is moved once more."""
+    with filled(kind) as ctx, filled(kind) as alone:
+        ctx.seq_cp(0, 1)
+        for each, seq in ((ctx, 1), (alone, 0)):
+            if kind == "dense":
+                assert each.seq_rm(seq, 10, 20)
+                each.seq_add(seq, 20, -1, -10)
+                each.decode([3], seq_id=seq)
+                each.seq_add(seq, 30, -1, 4)  # a gap
+                each.decode([3], seq_id=seq)
+            each.seq_add(seq, 0, -1, 2)
+        assert_same_logits(follow(ctx, 7, 4, seq_id=1)[1], follow(alone, 7, 4, seq_id=0)[1])
+        assert (ctx.seq_pos_min(1), ctx.seq_pos_max(1)) == (alone.seq_pos_min(0), alone.seq_pos_max(0))
+        assert_same_logits(follow(ctx, 7, 4, seq_id=0)[1], scratch(kind, TEXT))
+
+
+def test_no_room_to_move_a_copy():
+    """Cells of its own are not to be had: nothing is moved, and both are as they were."""
+    with context("dense", n_ctx=256, n_seq_max=2) as ctx:
+        ctx.decode(tokens(200), seq_id=0)
+        ctx.seq_cp(0, 1)
+        before = ctx.state_get_data()
+        with pytest.raises(NotEnoughCellsError) as caught:
+            ctx.seq_add(1, 0, -1, 5)
+        assert (caught.value.needed, caught.value.available) == (200, 56)
+        np.testing.assert_array_equal(ctx.state_get_data(), before)
+        ctx.decode([1], seq_id=1)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in SHIFTABLE])
