@@ -75,7 +75,9 @@ def as_index(value: Any, what: str, error: type[LlamaStateError]) -> int:
     try:
         return operator.index(value)
     except TypeError:
-        raise error(f"{what} is {type(value).__name__}, not an integer") from None
+        facts = {"name": what, "reason": what, "value": value, "seq_id": value}
+        known = {name: fact for name, fact in facts.items() if name in error.fields}
+        raise error(f"{what} is {type(value).__name__}, not an integer", **known) from None
 
 
 def as_bytes_view(obj: Any) -> memoryview:

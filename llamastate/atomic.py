@@ -76,12 +76,29 @@ def write_atomically(path: str | os.PathLike[str], chunks: Iterable[Any], *, dur
 
 
 def _write_and_replace(temporary: str, target: str, chunks: Iterable[Any], *, durable: bool) -> int:
-    # O_EXCL: never write through something that somebody planted. 0o666: the umask decides, as for any other file.
+    # Opened first: once the file is in its place nothing may be left that can be refused.
+    folder = _open_folder(os.path.dirname(target)) if durable else None
+    try:
+        return _write_through(temporary, target, chunks, folder)
+    finally:
+        if folder is not None:
+            os.close(folder)
+
+
+def _write_through(temporary: str, target: str, chunks: Iterable[Any], folder: int | None) -> int:
+    # O_EXCL: never write through something that somebody planted. A new file is as the umask says, one that is replaced
+    # keeps its permissions: what was private stays so.
+    try:
+        mode = os.stat(target).st_mode & 0o777
+    except OSError:
+        mode = None
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o666)
     try:
         try:
+            if mode is not None and hasattr(os, "fchmod"):
+                os.fchmod(fd, mode)
             written = sum(_write_all(fd, chunk) for chunk in chunks)
-            if durable:
+            if folder is not None:
                 os.fsync(fd)
         finally:
             os.close(fd)
@@ -90,20 +107,26 @@ def _write_and_replace(temporary: str, target: str, chunks: Iterable[Any], *, du
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise
-    if durable:
-        fsync_folder(os.path.dirname(target))
+    if folder is not None:
+        # a rename is only as safe as the folder that holds it
+        os.fsync(folder)
     return written
 
 
 def fsync_folder(folder: str) -> None:
-    """Make the names in ``folder`` durable; a rename is only as safe as the folder that holds it."""
+    """Make the names in ``folder`` durable: of files that were made, renamed or removed there."""
+    fd = _open_folder(folder)
+    if fd is not None:
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+def _open_folder(folder: str) -> int | None:
     if os.name == "nt":  # Windows has no handle on a folder that could be flushed
-        return
-    fd = os.open(folder or ".", os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+        return None
+    return os.open(folder or ".", os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))
 
 
 def _write_all(fd: int, chunk: Any) -> int:

@@ -45,7 +45,8 @@ class Context(AdapterAPI):
     n_seq_max : int
         Sequences, at most 256. When the cache is not unified they share ``n_ctx`` evenly.
     n_batch, n_ubatch : int
-        Most tokens in one decode, at least ``n_seq_max`` and at most 2**24; most that are computed at once, at most 2**18.
+        Most tokens in one decode, at least ``n_seq_max`` and at most 2**24; most that are computed at once, at most
+        2**18.
     n_threads, n_threads_batch : int, optional
         For one token and for many; all cores if ``None``.
     kv_unified : bool
@@ -386,21 +387,23 @@ yarn_beta_slow, yarn_orig_ctx
         seq_ids: Int32Array,
         outputs: npt.NDArray[np.int8],
     ) -> int:
-        try:
-            return decode.decode(self._handle, tokens, pos, n_seq_id, seq_ids, outputs)
-        except NoKVSlotError:
-            with self._handle:
-                if not self._free_window(seq_ids):
-                    raise
-                return decode.decode(self._handle, tokens, pos, n_seq_id, seq_ids, outputs)
-        except DecodeError as error:
-            # 1 and -1 change nothing. After an abort (2) and after fatal errors some physical batches have been
-            # computed and others not, and a recurrent state may be half-way: go back to where every sequence was.
-            if error.code == 2 or (error.code is not None and error.code < -1):
-                first = np.repeat(pos, n_seq_id)
-                starts = {int(s): int(first[seq_ids == s].min()) for s in np.unique(seq_ids)}
-                error.removed = self._undo(starts)
-            raise
+        # one turn: nobody may build on a sequence that is about to be taken back
+        with self._handle as handle:
+            try:
+                try:
+                    return decode.decode(handle, tokens, pos, n_seq_id, seq_ids, outputs)
+                except NoKVSlotError:
+                    if not self._free_window(seq_ids):
+                        raise
+                    return decode.decode(handle, tokens, pos, n_seq_id, seq_ids, outputs)
+            except DecodeError as error:
+                # 1 and -1 change nothing. After an abort (2) and after fatal errors some physical batches have been
+                # computed and others not, and a recurrent state may be half-way: go back to where every sequence was.
+                if error.code == 2 or (error.code is not None and error.code < -1):
+                    first = np.repeat(pos, n_seq_id)
+                    starts = {int(s): int(first[seq_ids == s].min()) for s in np.unique(seq_ids)}
+                    error.removed = self._undo(starts)
+                raise
 
     def _undo(self, starts: dict[int, int]) -> tuple[int, ...]:
         """Trim sequences back to a length; those that cannot be trimmed exactly are emptied and returned."""

@@ -289,11 +289,12 @@ class SaveError(StateError, OSError):
 
 
 class LoadError(StateError, ValueError):
-    """State could not be loaded. The context is as it was."""
+    """State could not be loaded. The context is as it was, but for the sequences in ``removed``, which are empty."""
 
-    fields: ClassVar[tuple[str, ...]] = ("path", "reason")
+    fields: ClassVar[tuple[str, ...]] = ("path", "reason", "removed")
     path: str | None
     reason: str | None
+    removed: tuple[int, ...] | None
 
 
 class FileAccessError(LoadError, OSError):
@@ -351,7 +352,7 @@ class FingerprintMismatchError(LoadError):
 
 
 class FingerprintUnavailableError(StateError, RuntimeError):
-    """What a state depends on cannot be told: the model's file is gone, changed since it was loaded, or never was one."""
+    """What a state depends on cannot be told: the model file is gone, was changed after loading, or never was one."""
 
     fields: ClassVar[tuple[str, ...]] = ("path", "reason")
     path: str | None

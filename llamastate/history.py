@@ -102,8 +102,8 @@ class History:
 
     Notes
     -----
-    Past either bound states are let go, automatic ones first, so that what remains is dense near the end and sparser the
-    further back. A checkpoint that the caller made stays as a mark.
+    Past either bound states are let go, automatic ones first, so that what remains is dense near the end and sparser
+    the further back. A checkpoint that the caller made stays as a mark.
     """
 
     def __init__(self, kind: str, n_swa: int, *, max_checkpoints: int, max_bytes: int) -> None:

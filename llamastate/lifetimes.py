@@ -7,6 +7,8 @@ Contexts go first, then models; whatever was closed before is not here any more.
 from __future__ import annotations
 
 import atexit
+import contextlib
+import os
 import weakref
 from typing import Protocol
 
@@ -25,4 +27,17 @@ models: weakref.WeakSet[_Closable] = weakref.WeakSet()
 def _close_all() -> None:
     for group in (contexts, models):
         for item in list(group):
-            item.close()
+            # one that cannot be closed must not keep the others open: that is the crash this is here to prevent
+            with contextlib.suppress(Exception):
+                item.close()
+
+
+def _forget_all() -> None:
+    contexts.clear()
+    models.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    # A child has the parent's memory but not its threads: a lock that one of them held is never released, and what was
+    # being computed never ends. Native objects are of no use there, and closing them at its exit would hang.
+    os.register_at_fork(after_in_child=_forget_all)

@@ -84,16 +84,21 @@ class Model:
             raise ModelLoadError(f"cannot load a model: {error}", reason="not a path") from None
         raw = _check_file(self.path)
         self._stamps = _stamps(self.path)
-        self._handle = handles.load_model(
-            raw,
-            n_gpu_layers=n_gpu_layers,
-            use_mmap=use_mmap,
-            use_mlock=use_mlock,
-            vocab_only=vocab_only,
-            check_tensors=check_tensors,
-            main_gpu=main_gpu,
-            use_extra_bufts=not is_miscompiled(_native.library.parent) if use_extra_bufts is None else use_extra_bufts,
-        )
+        try:
+            self._handle = handles.load_model(
+                raw,
+                n_gpu_layers=n_gpu_layers,
+                use_mmap=use_mmap,
+                use_mlock=use_mlock,
+                vocab_only=vocab_only,
+                check_tensors=check_tensors,
+                main_gpu=main_gpu,
+                use_extra_bufts=not is_miscompiled(_native.library.parent)
+                if use_extra_bufts is None
+                else use_extra_bufts,
+            )
+        except (OverflowError, TypeError) as error:
+            raise ModelLoadError(f"bad model parameter: {error}", path=self.path, reason=str(error)) from None
         self._n_gpu_layers = int(n_gpu_layers)
         self._prepare()
 
@@ -110,6 +115,8 @@ class Model:
     def _prepare(self) -> None:
         self._facts = vocab.facts(self._handle)
         self._special = vocab.special_tokens(self._handle)
+        # found out at once: contexts ask for it also after the model has been closed
+        self._memory_kind = self._find_memory_kind()
         # Schemas of the state of contexts of this model, by the parameters that decide them (llamastate.probe).
         self._schemas: dict[tuple[Any, ...], Schema] = {}
         lifetimes.models.add(self)
@@ -236,12 +243,15 @@ class Model:
         One of ``"attention"``, ``"iswa"`` (some layers see a sliding window), ``"recurrent"``, ``"hybrid"``,
         ``"hybrid-iswa"``, or ``"none"`` for encoders.
         """
+        return self._memory_kind
+
+    def _find_memory_kind(self) -> str:
         if self.is_recurrent:
             return "recurrent"
         window = self.n_swa > 0
         if self.is_hybrid:
             return "hybrid-iswa" if window else "hybrid"
-        if self._facts["has_encoder"] or self._facts["is_diffusion"]:
+        if self._facts["has_encoder"] or self._facts["is_diffusion"] or self.arch in _WITHOUT_MEMORY:
             return "none"
         return "iswa" if window else "attention"
 
@@ -392,6 +402,15 @@ def _stamps(path: str | None) -> gguf.Stamps | None:
         return None if path is None else gguf.stamps_of(path)
     except (OSError, ValueError):
         return None
+
+
+#: Architectures that llama.cpp runs without a memory (``llama_model::create_memory``).
+_WITHOUT_MEMORY = frozenset(
+    [
+        *("bert", "jina-bert-v2", "jina-bert-v3", "nomic-bert", "nomic-bert-moe", "neo-bert", "eurobert"),
+        *("modern-bert", "gemma-embedding", "wavtokenizer-dec", "dream", "llada", "llada-moe", "rnd1"),
+    ]
+)
 
 
 def _check_file(path: str) -> bytes:

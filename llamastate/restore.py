@@ -78,7 +78,7 @@ def replace_sequence(
     Raises
     ------
     NotEnoughCellsError, LoadError
-        ``dest`` is as it was.
+        ``dest`` is as it was, or ``removed`` says that it is empty.
     """
     handle = ctx._handle
     empty = ctx._span(dest) == (-1, -1)
@@ -94,18 +94,23 @@ def replace_sequence(
         # llama.cpp skips a part that the blob has empty, and would leave the old cells in it. A partial state of an
         # empty sequence means an empty sequence: everything comes after its position.
         memory.seq_rm(handle, dest, -1, -1)
-    problem = _set(ctx, view, info, dest, flags, partial=partial)
+    try:
+        problem = _set(ctx, view, info, dest, flags, partial=partial)
+    except BaseException:
+        _put_back(ctx, dest, room)
+        raise
     if problem is None:
         return
-    memory.seq_rm(handle, dest, -1, -1)
-    if room is not None:
-        state.set_data(handle, room.blob)
-        handle.forget_outputs()
-    elif empty and not partial:
+    _put_back(ctx, dest, room)
+    if empty and not partial:
         available = ctx.limits.base_cells - _cells_of_others(ctx, dest)
         if info.n_cells > available:
             raise _not_enough(info.n_cells, max(0, available))
-    raise LoadError(f"llama.cpp refused the state: {problem}", reason=problem)
+    # Validated, with room for it, and refused all the same: no way to this is known. Where no copy was taken (it would
+    # double the cost of every restore) the sequence is empty now, which is better than wrong, and the error says so.
+    lost = room is None and not empty
+    tail = f"; sequence {dest} is empty now" if lost else ""
+    raise LoadError(f"llama.cpp refused the state: {problem}{tail}", reason=problem, removed=(dest,) if lost else ())
 
 
 def copy_sequence(ctx: StateAPI, src: int, dest: int) -> None:
@@ -141,6 +146,14 @@ def copy_sequence(ctx: StateAPI, src: int, dest: int) -> None:
         n_bytes=blob.nbytes,
     )
     replace_sequence(ctx, blob.data, info, dest, 0, partial=False)
+
+
+def _put_back(ctx: StateAPI, dest: int, room: Room | None) -> None:
+    """Empty a sequence that is half overwritten, and put the state of before in its place if there is a copy."""
+    memory.seq_rm(ctx._handle, dest, -1, -1)
+    if room is not None:
+        state.set_data(ctx._handle, room.blob)
+        ctx._handle.forget_outputs()
 
 
 def _set(ctx: StateAPI, view: memoryview, info: SequenceInfo, dest: int, flags: int, *, partial: bool) -> str | None:

@@ -54,6 +54,9 @@ class SequenceAPI(StateAPI):
         -----
         Removing everything always works. Recurrent and hybrid models can remove nothing less. O(cells), no bytes
         copied.
+
+        Removing from the middle leaves tokens that have seen what is gone: an approximation by nature, as no text would
+        give the same. A state with such a hole can be taken but not restored, until :meth:`seq_add` has closed it.
         """
         p0, p1 = _range(p0, p1)
         with self._handle as handle:
@@ -67,7 +70,9 @@ class SequenceAPI(StateAPI):
             if to_end:
                 exact = can_trim(self.model.memory_kind, self.model.n_swa, low, high, p0)
             else:
-                exact = self.model.memory_kind in ("attention", "iswa")
+                # what lies before the hole has to be exact by itself: a later trim may make it the end
+                kind = self.model.memory_kind
+                exact = kind in ("attention", "iswa") and can_trim(kind, self.model.n_swa, low, high, p0)
             if not exact:
                 return False
             handle.forget_outputs(seq_id)
@@ -80,14 +85,14 @@ class SequenceAPI(StateAPI):
         ----------
         src, dst : int
         p0, p1 : int
-            Negative means from the beginning, to the end. A whole copy replaces ``dst``; a part replaces what ``dst``
-            has at those positions.
+            Negative means from the beginning, to the end. A copy from the beginning replaces ``dst``; any other part
+            goes onto a ``dst`` that is empty or ends where the part begins.
 
         Raises
         ------
         InvalidPositionError
-            A part that cannot be copied exactly: of a recurrent state, of a window that no longer reaches that far, or
-            (when the cache is not unified) one that does not begin at 0.
+            A part that cannot be copied exactly: of a recurrent state, of a window that no longer reaches that far,
+            (when the cache is not unified) one that does not begin at 0, or one that does not follow what ``dst`` has.
 
         Notes
         -----
@@ -97,32 +102,33 @@ class SequenceAPI(StateAPI):
         p0, p1 = _range(p0, p1)
         with self._handle as handle:
             low, high = self._span(src)
-            self._span(dst)
+            end = self._span(dst)[1]
             if src == dst:
                 return
             whole = p0 <= 0 and (p1 < 0 or p1 > high)
             kind = self.model.memory_kind
-            if not whole and not self._can_copy_part(low, high, p0, p1):
+            follows = p0 <= 0 or end in (-1, p0 - 1)
+            if not whole and not (follows and self._can_copy_part(low, high, p0, p1)):
                 raise InvalidPositionError(
-                    f"positions [{p0}, {p1}) of sequence {src} cannot be copied exactly",
-                    reason=kind,
+                    f"positions [{p0}, {p1}) of sequence {src} cannot be copied exactly to sequence {dst}",
+                    reason=kind if follows else "does not follow",
                     value=(p0, p1),
-                    limit=high,
+                    limit=high if follows else end,
                 )
-            handle.forget_outputs(dst)
             if self._params.get("kv_unified") or kind == "recurrent":
-                memory.seq_rm(handle, dst, *((-1, -1) if whole else (p0, p1)))
+                handle.forget_outputs(dst)
+                if p0 <= 0:
+                    memory.seq_rm(handle, dst, -1, -1)
                 memory.seq_cp(handle, src, dst, p0, p1)
                 return
             self._refuse_pending("seq_cp")
-            memory.seq_rm(handle, dst, -1, -1)
-            if high < 0:
+            if whole:
+                copy_sequence(self, src, dst)
                 return
             blob = np.empty(state.seq_get_size(handle, src, 0), np.uint8)
             state.seq_get_data_into(handle, blob, src, 0)
-            if not whole:
-                blob = np.frombuffer(layout.parse_sequence(blob.data, self.schema).slice(0, p1).to_bytes(), np.uint8)
-            state.seq_set_data(handle, blob, dst, 0)
+            part = layout.parse_sequence(blob.data, self.schema).slice(0, p1)
+            self.state_seq_set_data(part.to_bytes(), dst)
 
     def _can_copy_part(self, low: int, high: int, p0: int, p1: int) -> bool:
         kind = self.model.memory_kind

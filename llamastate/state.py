@@ -28,6 +28,7 @@ from llamastate.errors import (
     CorruptStateError,
     LoadError,
     PendingUpdateError,
+    UnsupportedLayoutError,
 )
 from llamastate.flags import SeqFlags
 from llamastate.probe import context_limits, context_schema
@@ -410,6 +411,12 @@ class StateAPI:
     # --- files --------------------------------------------------------------------------------------------------------
 
     def _file_tokens(self, head: layout.FileHeader) -> Int32Array:
+        if head.packed:
+            raise UnsupportedLayoutError(
+                "the tokens of this file are packed, as llama-server packs them; Session.import_file reads those",
+                kind="packed tokens",
+                reason="packed tokens",
+            )
         tokens: Int32Array = head.tokens.copy()
         outside = (tokens < 0) | (tokens >= self.model.n_vocab)
         if outside.any():

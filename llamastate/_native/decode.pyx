@@ -217,6 +217,7 @@ def embeddings_seq_into(ContextHandle h, seq_id, float[::1] out):
     h.enter("embeddings_seq")
     try:
         seq = h.seq(seq_id)
+        h.last_output(seq)  # refuses what belongs to a state that has been changed since
         row = c.llama_get_embeddings_seq(h.ptr, seq)
         if row == NULL:
             raise LogitsUnavailableError(f"no pooled embedding for sequence {seq}", index=seq, n_outputs=h.n_outputs)

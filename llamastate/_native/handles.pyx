@@ -344,7 +344,13 @@ cdef class ContextHandle(Lockable):
 
     def close(self):
         """Free the context, after the operation that is running. Idempotent. Views of logits keep the memory."""
-        self.acquire("close")
+        # always waits: an end that can be refused would leave a with block in the middle
+        cdef bint impatient = self.raise_if_busy
+        self.raise_if_busy = False
+        try:
+            self.acquire("close")
+        finally:
+            self.raise_if_busy = impatient
         try:
             if self.views:
                 self.close_pending = True

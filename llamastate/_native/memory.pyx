@@ -3,7 +3,7 @@
 """``llama_memory_*``: which cells belong to which sequence. Checked, locked, and nothing else.
 
 Whether an operation keeps a sequence exact is not decided here: llama.cpp says yes in cases where it does not
-(see ``llamastate.context``).
+(see ``llamastate.sequences``).
 """
 
 from cpython.number cimport PyNumber_Index

@@ -3,8 +3,8 @@
 """The state functions of ``llama.h``: bytes between llama.cpp's memory and the caller's buffer, once, without the GIL.
 
 What these check: the context is open and nobody else is inside, the sequence id and the flags exist, the buffer is
-contiguous and large enough. What they do not check is what the bytes say: ``llamastate.context`` does, with
-``llamastate.layout``, before anything gets here.
+contiguous and large enough. What they do not check is what the bytes say: ``llamastate.layout`` does, before
+anything gets here, and ``llamastate.restore`` sees to what can go wrong then.
 """
 
 from cpython.number cimport PyNumber_Index
