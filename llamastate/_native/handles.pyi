@@ -1,13 +1,16 @@
 from collections.abc import Callable
 from typing import Any
 
-from typing_extensions import Self
+from typing_extensions import Self, disjoint_base
 
+@disjoint_base
 class Lockable:
     @property
     def raise_if_busy(self) -> bool: ...
 
+@disjoint_base
 class ModelHandle:
+    def __init__(self, *args: object, **kwargs: object) -> None: ...
     @property
     def vocab_only(self) -> bool: ...
     @property
@@ -16,7 +19,9 @@ class ModelHandle:
     def closed(self) -> bool: ...
     def close(self) -> None: ...
 
+@disjoint_base
 class ContextHandle(Lockable):
+    def __init__(self, *args: object, **kwargs: object) -> None: ...
     pending_shift: bool
     shared_cells: bool
     moved_cells: bool

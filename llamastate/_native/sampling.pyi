@@ -1,8 +1,10 @@
 import numpy as np
 import numpy.typing as npt
+from typing_extensions import disjoint_base
 
 from llamastate._native.handles import ContextHandle, Lockable, ModelHandle
 
+@disjoint_base
 class SamplerHandle(Lockable):
     def __init__(self, model: ModelHandle) -> None: ...
     n_draws: int
