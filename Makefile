@@ -32,6 +32,7 @@ help:
 	@echo "make bench-peers   an environment for cyllama, so that the bench can compare with it"
 	@echo "make lint    ruff, mypy, and stubs against the compiled modules"
 	@echo "make format  let ruff rewrite the sources"
+	@echo "make sanitize   fuzz and tests of hostile input with AddressSanitizer and UBSan (Linux, gcc)"
 	@echo "make build   .venv and the extension modules only"
 	@echo "make clean   remove what was built (not .venv, not the models)"
 
@@ -59,6 +60,10 @@ lint: build
 format: build
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
+
+# Not part of make test: the whole package is compiled once more, and all of it runs several times slower.
+sanitize: build
+	tests/sanitize.sh $(PY) $(MINUTES)
 
 build: $(DONE)/extensions
 

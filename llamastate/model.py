@@ -115,7 +115,8 @@ class Model:
     def _prepare(self) -> None:
         self._facts = vocab.facts(self._handle)
         self._special = vocab.special_tokens(self._handle)
-        # found out at once: contexts ask for it also after the model has been closed
+        # found out at once: contexts ask for these also after the model has been closed
+        self._arch = vocab.meta(self._handle).get("general.architecture", "")
         self._memory_kind = self._find_memory_kind()
         # Schemas of the state of contexts of this model, by the parameters that decide them (llamastate.probe).
         self._schemas: dict[tuple[Any, ...], Schema] = {}
@@ -234,7 +235,7 @@ class Model:
     @property
     def arch(self) -> str:
         """``general.architecture``."""
-        return self.meta.get("general.architecture", "")
+        return self._arch
 
     @property
     def memory_kind(self) -> str:

@@ -28,7 +28,6 @@ from llamastate.errors import (
     CorruptStateError,
     LoadError,
     PendingUpdateError,
-    UnsupportedLayoutError,
 )
 from llamastate.flags import SeqFlags
 from llamastate.probe import context_limits, context_schema
@@ -411,18 +410,13 @@ class StateAPI:
     # --- files --------------------------------------------------------------------------------------------------------
 
     def _file_tokens(self, head: layout.FileHeader) -> Int32Array:
-        if head.packed:
-            raise UnsupportedLayoutError(
-                "the tokens of this file are packed, as llama-server packs them; Session.import_file reads those",
-                kind="packed tokens",
-                reason="packed tokens",
-            )
         tokens: Int32Array = head.tokens.copy()
         outside = (tokens < 0) | (tokens >= self.model.n_vocab)
         if outside.any():
             index = int(np.argmax(outside))
             raise CorruptStateError(
-                f"token {index} is {int(tokens[index])}, not in [0, {self.model.n_vocab})",
+                f"token {index} is {int(tokens[index])}, not in [0, {self.model.n_vocab})"
+                + ("; if llama-server packed them, Session.import_file reads them" if head.packed else ""),
                 reason="token id out of range",
                 offset=12 + 4 * index,
                 section="tokens",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -22,3 +24,9 @@ def run(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     with start(code, *arguments) as process:
         out, err = process.communicate(timeout=120)
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def limit_memory(n_bytes: int = 8 << 30) -> None:
+    """Let this process fail rather than the machine. AddressSanitizer itself takes terabytes of addresses: not then."""
+    if "asan" not in os.environ.get("LD_PRELOAD", ""):
+        resource.setrlimit(resource.RLIMIT_AS, (n_bytes, n_bytes))

@@ -48,8 +48,9 @@ def test_files_that_are_no_model(tmp_path: Path):
 
 # What a damaged GGUF can be: refused, or a model that works. Whether llama.cpp survives it shows in the exit status.
 TRY_FILES = """
-import json, pathlib, resource, sys
-resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))
+import json, pathlib, sys
+from tests.children import limit_memory
+limit_memory()
 from llamastate import Context, LlamaStateError, Model, ModelLoadError
 source = pathlib.Path(sys.argv[1]).read_bytes()
 file = pathlib.Path(sys.argv[2])
@@ -233,8 +234,8 @@ def test_a_cache_that_is_larger_than_memory(monkeypatch: pytest.MonkeyPatch):
 
 
 EXTREMES = """
-import resource
-resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))
+from tests.children import limit_memory
+limit_memory()
 from llamastate import Context, ContextCreateError
 from tests.helpers import context, tokens
 cases = [

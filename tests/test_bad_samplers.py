@@ -145,8 +145,9 @@ def test_tokens_that_the_grammar_does_not_allow():
 
 
 RANDOM_GRAMMARS = r"""
-import random, resource
-resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))
+import random
+from tests.children import limit_memory
+limit_memory()
 import numpy as np
 from llamastate import Sampler, SamplerError
 from tests.helpers import model

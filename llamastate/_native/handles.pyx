@@ -148,6 +148,7 @@ def load_model(bytes path, *, int n_gpu_layers, bint use_mmap, bint use_mlock, b
     else:
         params.load_mode = c.LLAMA_LOAD_MODE_MLOCK if use_mlock else c.LLAMA_LOAD_MODE_NONE
     name = path.decode("utf-8", "surrogateescape")
+    log.install(True)  # whoever was imported since may have taken the log, and with it llama.cpp's reasons
     log.clear_errors()
     try:
         with nogil:
@@ -437,6 +438,7 @@ def create_context(ModelHandle model, dict params, *, bint raise_if_busy):
         raise ContextCreateError(f"bad context parameter: {error}", params=params, reason=str(error)) from None
     if given:
         raise ContextCreateError(f"unknown context parameters {sorted(given)}", params=params, reason="unknown parameter")
+    log.install(True)  # whoever was imported since may have taken the log, and with it llama.cpp's reasons
     log.clear_errors()
     try:
         with nogil:
