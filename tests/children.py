@@ -26,7 +26,12 @@ def run(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
-def limit_memory(n_bytes: int = 8 << 30) -> None:
-    """Let this process fail rather than the machine. AddressSanitizer itself takes terabytes of addresses: not then."""
-    if "asan" not in os.environ.get("LD_PRELOAD", ""):
-        resource.setrlimit(resource.RLIMIT_AS, (n_bytes, n_bytes))
+def limit_memory(n_bytes: int = 8 << 30) -> bool:
+    """Let this process fail rather than the machine; whether that could be done.
+
+    AddressSanitizer takes terabytes of addresses, whatever the memory: then there is no such limit.
+    """
+    if "asan" in os.environ.get("LD_PRELOAD", ""):
+        return False
+    resource.setrlimit(resource.RLIMIT_AS, (n_bytes, n_bytes))
+    return True
