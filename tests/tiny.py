@@ -13,6 +13,7 @@ can be asked for.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -462,7 +463,7 @@ def path(name: str, cache_dir: str | os.PathLike[str] | None = None, **variant: 
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             unfinished = Path(scratch, file.name)
             model.build(unfinished, shape).close()
-            unfinished.replace(file)
+            appear(unfinished, file)
     return file
 
 
@@ -502,8 +503,17 @@ def lora(
                 for part, data in zip("ab", pair, strict=True):
                     writer.add_tensor(f"{target}.lora_{part}", np.ascontiguousarray(data, np.float32))
             write(writer)
-            unfinished.replace(file)
+            appear(unfinished, file)
     return file
+
+
+def appear(unfinished: Path, file: Path) -> None:
+    """Give a finished file its name, unless another process was first.
+
+    Not a rename over it: a process may have loaded that file already, and would find it replaced.
+    """
+    with contextlib.suppress(FileExistsError):
+        os.link(unfinished, file)
 
 
 def gguf_arch(file: Path) -> str:
