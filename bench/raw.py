@@ -47,6 +47,7 @@ _PROTOTYPES: dict[str, tuple[Any, list[Any]]] = {
         c_size_t,
         [c_void_p, c_char_p, c_int32, c_void_p, c_size_t, POINTER(c_size_t)],
     ),
+    "llama_state_seq_save_file": (c_size_t, [c_void_p, c_char_p, c_int32, c_void_p, c_size_t]),
     "llama_decode": (c_int32, [c_void_p, Batch]),
     "llama_get_memory": (c_void_p, [c_void_p]),
     "llama_memory_seq_rm": (c_bool, [c_void_p, c_int32, c_int32, c_int32]),
@@ -69,26 +70,39 @@ def pointer(ctx: Context) -> int:
     return ctx._handle.address
 
 
-def get_data(ctx: Context, out: npt.NDArray[np.uint8], seq_id: int) -> Callable[[], int]:
+def get_data(ctx: Context, out: npt.NDArray[np.uint8], seq_id: int, flags: int = 0) -> Callable[[], int]:
     """``llama_state_seq_get_data`` into ``out``."""
     call = function("llama_state_seq_get_data_ext")
     return functools.partial(
-        call, c_void_p(pointer(ctx)), c_void_p(out.ctypes.data), c_size_t(out.nbytes), c_int32(seq_id), c_uint32(0)
+        call, c_void_p(pointer(ctx)), c_void_p(out.ctypes.data), c_size_t(out.nbytes), c_int32(seq_id), c_uint32(flags)
     )
 
 
-def set_data(ctx: Context, src: npt.NDArray[np.uint8], seq_id: int) -> Callable[[], int]:
+def set_data(ctx: Context, src: npt.NDArray[np.uint8], seq_id: int, flags: int = 0) -> Callable[[], int]:
     """``llama_state_seq_set_data`` from ``src``."""
     call = function("llama_state_seq_set_data_ext")
     return functools.partial(
-        call, c_void_p(pointer(ctx)), c_void_p(src.ctypes.data), c_size_t(src.nbytes), c_int32(seq_id), c_uint32(0)
+        call, c_void_p(pointer(ctx)), c_void_p(src.ctypes.data), c_size_t(src.nbytes), c_int32(seq_id), c_uint32(flags)
     )
 
 
-def get_size(ctx: Context, seq_id: int) -> Callable[[], int]:
+def get_size(ctx: Context, seq_id: int, flags: int = 0) -> Callable[[], int]:
     """``llama_state_seq_get_size``."""
     call = function("llama_state_seq_get_size_ext")
-    return functools.partial(call, c_void_p(pointer(ctx)), c_int32(seq_id), c_uint32(0))
+    return functools.partial(call, c_void_p(pointer(ctx)), c_int32(seq_id), c_uint32(flags))
+
+
+def save_file(ctx: Context, path: str | os.PathLike[str], seq_id: int, tokens: npt.ArrayLike) -> Callable[[], int]:
+    """``llama_state_seq_save_file``, which neither waits for the disk nor spares the old file."""
+    call = function("llama_state_seq_save_file")
+    ids = np.ascontiguousarray(tokens, np.int32)
+    name = os.fsencode(path)
+    address = c_void_p(pointer(ctx))
+
+    def run(keep: object = ids) -> int:
+        return int(call(address, name, seq_id, ids.ctypes.data, len(ids)))
+
+    return run
 
 
 def load_file(ctx: Context, path: str | os.PathLike[str], seq_id: int, capacity: int) -> Callable[[], int]:
