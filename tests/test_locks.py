@@ -246,6 +246,8 @@ def test_ctrl_c_while_waiting():
     done = children.run(
         """
 import os, signal, threading, time
+# a shell's background jobs inherit that it is ignored
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from tests.helpers import context
 from tests.test_locks import Holder
 ctx = context("dense")
