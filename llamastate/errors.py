@@ -23,6 +23,7 @@ __all__ = [
     "CorruptStateError",
     "DecodeAbortedError",
     "DecodeError",
+    "EntryNotFoundError",
     "FileAccessError",
     "FingerprintMismatchError",
     "FingerprintUnavailableError",
@@ -464,6 +465,17 @@ class HeadMovedError(LlamaStateError, RuntimeError):
     fields: ClassVar[tuple[str, ...]] = ("expected", "found")
     expected: str | None
     found: str | None
+
+
+class EntryNotFoundError(LlamaStateError, KeyError):
+    """No entry of the log of ``session`` has that ``hash``."""
+
+    fields: ClassVar[tuple[str, ...]] = ("session", "hash")
+    session: str | None
+    hash: str | None
+
+    def __str__(self) -> str:
+        return self.message
 
 
 class LogTamperedError(LlamaStateError, ValueError):

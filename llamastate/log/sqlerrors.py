@@ -1,0 +1,72 @@
+"""What SQLite complains of, as this package's errors."""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+from collections.abc import Iterator
+
+from llamastate.errors import (
+    BadMagicError,
+    ClosedError,
+    CorruptStateError,
+    FileAccessError,
+    LlamaStateError,
+    SaveError,
+    StoreFullError,
+    StoreLockedError,
+)
+
+__all__ = ["translated"]
+
+# Primary result codes (https://sqlite.org/rescode.html). The module has names for them only since Python 3.11.
+_BUSY, _LOCKED, _READONLY, _IOERR, _CORRUPT, _FULL, _CANTOPEN, _NOTADB = 5, 6, 8, 10, 11, 13, 14, 26
+#: For Python 3.10, which tells no code: what the messages begin with or contain.
+_MESSAGES = (
+    ("locked", _BUSY),
+    ("readonly", _READONLY),
+    ("disk i/o", _IOERR),
+    ("malformed", _CORRUPT),
+    ("is full", _FULL),
+    ("unable to open", _CANTOPEN),
+    ("not a database", _NOTADB),
+)
+
+
+@contextlib.contextmanager
+def translated(path: str) -> Iterator[None]:
+    """Raise what SQLite raises inside the block as a typed error."""
+    try:
+        yield
+    except (sqlite3.Error, OverflowError, UnicodeError) as error:
+        raise _translate(error, path) from error
+
+
+def code_of(error: BaseException) -> int:
+    """SQLite's primary result code; 0 if it has none."""
+    code = getattr(error, "sqlite_errorcode", None)
+    if isinstance(code, int):
+        return code & 0xFF
+    text = str(error).lower()
+    return next((code for words, code in _MESSAGES if words in text), 0)
+
+
+def _translate(error: BaseException, path: str) -> LlamaStateError:
+    reason = str(error)
+    code = code_of(error)
+    if isinstance(error, sqlite3.ProgrammingError) and "closed" in reason:
+        return ClosedError("the store is closed", what="store")
+    if code in (_BUSY, _LOCKED):
+        return StoreLockedError(f"{path!r} is held by another process", path=path)
+    if code == _FULL:
+        return StoreFullError(f"there is no room for {path!r} to grow: {reason}", path=path)
+    if code == _NOTADB:
+        # the magic number of SQLite is 16 bytes of text; as a number it would tell nobody anything
+        return BadMagicError(f"{path!r} is no store of logs: {reason}", path=path, reason=reason)
+    if code == _READONLY:
+        return SaveError(f"cannot write {path!r}: {reason}", path=path, reason=reason)
+    if code in (_IOERR, _CANTOPEN):
+        return FileAccessError(f"cannot use {path!r}: {reason}", path=path, reason=reason)
+    # Anything else (missing tables, constraints that cannot be broken, text that is none) means that the file does not
+    # hold what this package has put there.
+    return CorruptStateError(f"{path!r} is damaged: {reason}", path=path, reason=reason, section="database")

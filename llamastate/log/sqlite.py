@@ -1,0 +1,416 @@
+"""A store in one SQLite file, for any number of processes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sqlite3
+import struct
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from llamastate.errors import (
+    BadMagicError,
+    ClosedError,
+    FileAccessError,
+    InvalidArgumentError,
+    StateFileNotFoundError,
+    VersionMismatchError,
+)
+from llamastate.log.chain import StoredEntry, require_chain
+from llamastate.log.entries import SessionOrigin
+from llamastate.log.memory import moved
+from llamastate.log.sqlerrors import code_of, translated
+from llamastate.log.store import Head, LogInfo, exists, first_facts, not_found, time_of
+from llamastate.names import check_name
+
+__all__ = ["SCHEMA_VERSION", "SQLiteLogStore"]
+
+#: In the file's header (``user_version``), beside the number that says whose it is (``application_id``, "LLSL").
+SCHEMA_VERSION = 1
+APPLICATION_ID = 0x4C4C534C
+
+# Entries are only ever added, so their table is filled without gaps, whatever sessions they belong to; clustered by
+# session its pages would stay half empty. prev_hash is the hash of the row before and is not stored twice.
+_SCHEMA = (
+    """CREATE TABLE sessions (
+        n INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, n_entries INTEGER NOT NULL, head BLOB NOT NULL,
+        created INTEGER NOT NULL, updated INTEGER NOT NULL, relation TEXT, origin_id TEXT, origin_hash TEXT
+    )""",
+    """CREATE TABLE entries (
+        n INTEGER PRIMARY KEY, session INTEGER NOT NULL, i INTEGER NOT NULL, hash BLOB NOT NULL, data BLOB NOT NULL
+    )""",
+    "CREATE UNIQUE INDEX place ON entries (session, i)",
+)
+_SYNC = {"normal": "NORMAL", "full": "FULL"}
+#: Pages of the write-ahead log at which it is brought home: that costs an fsync or two, and so not often.
+_CHECKPOINT = 8192
+_INFO = "id, n_entries, head, created, updated, relation, origin_id, origin_hash"
+_INSERT = "INSERT INTO entries (session, i, hash, data) VALUES (?, ?, ?, ?)"
+
+
+class SQLiteLogStore:
+    """Logs in a file; a :class:`LogStore`.
+
+    Parameters
+    ----------
+    path : path-like
+        Made if it is not there. Beside it SQLite keeps ``-wal`` and ``-shm`` while it is open; they belong to it.
+    sync : {"normal", "full"}
+        What has been recorded survives the end of the process, however that comes; with "full" also the machine's loss
+        of power, at the price of waiting for the disk with every call.
+    timeout : float
+        Seconds to wait for other processes that write.
+    create : bool
+        Make the file if it is not there.
+    read_only : bool
+        Change nothing, not even what a crash has left to be tidied.
+
+    Raises
+    ------
+    StateFileNotFoundError
+        It is not there, and is not to be made.
+    FileAccessError, BadMagicError, CorruptStateError
+        It cannot be opened, is something else, or is damaged.
+    VersionMismatchError
+        A newer version of this package has made it. It is left as it is.
+    StoreLockedError
+        Others did not let go of it in time; any method can raise that.
+
+    Notes
+    -----
+    Threads take turns. After ``os.fork`` the child opens the file anew.
+
+    Examples
+    --------
+    >>> store = SQLiteLogStore("chats.db")  # doctest: +SKIP
+    >>> log = SessionLog.create(store, system_prompt="Be brief.")  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        sync: str = "normal",
+        timeout: float = 30.0,
+        create: bool = True,
+        read_only: bool = False,
+    ) -> None:
+        if sync not in _SYNC:
+            raise InvalidArgumentError(f"sync is {sync!r}, not one of {list(_SYNC)}", name="sync", value=sync)
+        if not timeout >= 0:
+            raise InvalidArgumentError(f"timeout = {timeout} is negative", name="timeout", value=timeout, limit=0)
+        try:
+            #: Absolute.
+            self.path = os.path.abspath(os.fsdecode(path))
+            exists_already = os.path.exists(self.path)
+        except (TypeError, ValueError) as error:
+            raise FileAccessError(f"cannot use {path!r:.120}: {error}", reason="not a path") from None
+        if not exists_already and (read_only or not create):
+            raise StateFileNotFoundError(f"there is no {self.path!r}", path=self.path, reason="not there")
+        self._sync, self._timeout, self._read_only = _SYNC[sync], timeout, read_only
+        self._lock = threading.RLock()
+        self._depth = 0
+        self._connection: sqlite3.Connection | None = None
+        self._pid = os.getpid()
+        self._connection = self._open()
+
+    # --- opening ------------------------------------------------------------------------------------------------------
+
+    def _open(self) -> sqlite3.Connection:
+        _check_header(self.path)
+        with translated(self.path):
+            if self._read_only:
+                return self._open_read_only()
+            connection = self._connect(self.path)
+            try:
+                self._prepare(connection)
+            except BaseException:
+                connection.close()
+                raise
+            return connection
+
+    def _connect(self, name: str, *, uri: bool = False) -> sqlite3.Connection:
+        return sqlite3.connect(
+            name, timeout=self._timeout, isolation_level=None, check_same_thread=False, cached_statements=64, uri=uri
+        )
+
+    def _prepare(self, connection: sqlite3.Connection) -> None:
+        if not self._is_ours(connection):
+            # While the file is new its journal is an ordinary one: so its version is in the header and not in a -wal
+            # from the beginning on, where _check_header() finds it without touching anything.
+            connection.execute("BEGIN IMMEDIATE")
+            if not self._is_ours(connection):  # nobody was faster
+                for statement in _SCHEMA:
+                    connection.execute(statement)
+                connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+                connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+            connection.execute("COMMIT")
+        self._switch_to_wal(connection)
+        connection.execute(f"PRAGMA synchronous = {self._sync}")
+        connection.execute(f"PRAGMA wal_autocheckpoint = {_CHECKPOINT}")
+        if self._sync == "FULL":
+            connection.execute("PRAGMA fullfsync = 1")  # macOS: past the disk's own cache
+
+    def _is_ours(self, connection: sqlite3.Connection) -> bool:
+        """Whether the tables are there; an error if the file is something else."""
+        (application,) = connection.execute("PRAGMA application_id").fetchone()
+        (version,) = connection.execute("PRAGMA user_version").fetchone()
+        if not application and not version and not connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
+            return False
+        _check_numbers(self.path, application, version)
+        return True
+
+    def _switch_to_wal(self, connection: sqlite3.Connection) -> None:
+        # SQLite does not wait for its turn when two processes do this to a new file at once.
+        end = time.monotonic() + self._timeout
+        while True:
+            try:
+                connection.execute("PRAGMA journal_mode = WAL")
+            except sqlite3.OperationalError as error:
+                if code_of(error) != 5 or time.monotonic() > end:
+                    raise
+                time.sleep(0.01)
+            else:
+                return
+
+    def _open_read_only(self) -> sqlite3.Connection:
+        name = "file:" + self.path.replace("%", "%25").replace("?", "%3f").replace("#", "%23")
+        connection = self._connect(f"{name}?mode=ro", uri=True)
+        try:
+            try:
+                ours = self._is_ours(connection)
+            except sqlite3.OperationalError:
+                # SQLite wants to make its -shm even to read. In a folder where it cannot, and without a -wal, the file
+                # is all there is and nobody can be changing it.
+                if os.access(os.path.dirname(self.path), os.W_OK) or os.path.exists(f"{self.path}-wal"):
+                    raise
+                connection.close()
+                connection = self._connect(f"{name}?mode=ro&immutable=1", uri=True)
+                ours = self._is_ours(connection)
+            if not ours:
+                raise BadMagicError(f"{self.path!r} is no store of logs: it is empty", path=self.path, reason="empty")
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def _db(self) -> sqlite3.Connection:
+        """The connection. To be called, and its result used, under the lock."""
+        if self._connection is None:
+            raise ClosedError("the store is closed", what="store")
+        if self._pid != os.getpid():
+            # A connection must not cross a fork, not even to be closed.
+            _abandoned.append(self._connection)
+            self._depth = 0
+            self._connection = self._open()
+            self._pid = os.getpid()
+        return self._connection
+
+    # --- writing ------------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[None]:
+        """All or nothing (:meth:`LogStore.transaction`): one wait for the disk, or for others, instead of many."""
+        with self._lock, translated(self.path):
+            db = self._db()
+            if self._depth:
+                yield  # an error in a block within a block takes back the whole
+                return
+            # IMMEDIATE: who reads first and writes later can find that another has written in between.
+            db.execute("BEGIN IMMEDIATE")
+            self._depth += 1
+            try:
+                yield
+                db.execute("COMMIT")
+            except BaseException:
+                if db.in_transaction:
+                    with contextlib.suppress(sqlite3.Error):
+                        db.execute("ROLLBACK")
+                raise
+            finally:
+                self._depth -= 1
+
+    def create(self, session_id: str, entries: Sequence[StoredEntry]) -> None:
+        """Add a session (:meth:`LogStore.create`)."""
+        session_id = check_name(session_id)
+        relation, origin = first_facts(entries)
+        require_chain(entries, 0, None)
+        origin_id, origin_hash = (None, None) if origin is None else (origin.session_id, origin.at_hash)
+        last = entries[-1]
+        with self.transaction():
+            db = self._db()
+            if db.execute("SELECT 1 FROM sessions WHERE id = ?", (session_id,)).fetchone() is not None:
+                raise exists(session_id)
+            n = db.execute(
+                f"INSERT INTO sessions ({_INFO}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                (
+                    session_id, len(entries), bytes.fromhex(last.hash), time_of(entries[0]), time_of(last),
+                    relation, origin_id, origin_hash,
+                ),
+            ).lastrowid  # fmt: skip
+            db.executemany(_INSERT, [(n, e.index, bytes.fromhex(e.hash), e.data) for e in entries])
+
+    def append(self, session_id: str, entries: Sequence[StoredEntry]) -> None:
+        """Add entries (:meth:`LogStore.append`)."""
+        if not entries:
+            self.head(session_id)
+            return
+        with self.transaction():
+            db = self._db()
+            row = db.execute("SELECT n, n_entries, head FROM sessions WHERE id = ?", (session_id,)).fetchone()
+            if row is None:
+                raise not_found(session_id)
+            n, n_entries, head = row[0], row[1], _hex(row[2])
+            if entries[0].prev_hash != head:
+                raise moved(session_id, entries[0].prev_hash, head)
+            require_chain(entries, n_entries, head)
+            last = entries[-1]
+            rows = [(n, e.index, bytes.fromhex(e.hash), e.data) for e in entries]
+            if len(rows) == 1:
+                db.execute(_INSERT, rows[0])
+            else:
+                db.executemany(_INSERT, rows)
+            db.execute(
+                "UPDATE sessions SET n_entries = ?, head = ?, updated = ? WHERE n = ?",
+                (last.index + 1, bytes.fromhex(last.hash), time_of(last), n),
+            )
+
+    # --- reading ------------------------------------------------------------------------------------------------------
+
+    def _rows(self, statement: str, parameters: Sequence[Any] = ()) -> list[Any]:
+        with self._lock, translated(self.path):
+            return self._db().execute(statement, parameters).fetchall()
+
+    def _session(self, session_id: str, columns: str = "n") -> tuple[Any, ...]:
+        if not isinstance(session_id, str):
+            raise not_found(session_id)
+        rows = self._rows(f"SELECT {columns} FROM sessions WHERE id = ?", (session_id,))
+        if not rows:
+            raise not_found(session_id)
+        row: tuple[Any, ...] = rows[0]
+        return row
+
+    def head(self, session_id: str) -> Head:
+        """Where a log ends (:meth:`LogStore.head`)."""
+        n_entries, head = self._session(session_id, "n_entries, head")
+        return Head(n_entries, _hex(head))
+
+    def read(self, session_id: str, start: int = 0, stop: int | None = None) -> list[StoredEntry]:
+        """Entries (:meth:`LogStore.read`)."""
+        (n,) = self._session(session_id)
+        end = 2**63 - 1 if stop is None else stop
+        # one more, for its hash
+        rows = self._rows(
+            "SELECT i, hash, data FROM entries WHERE session = ? AND i >= ? AND i < ? ORDER BY i", (n, start - 1, end)
+        )
+        entries, prev = [], None
+        for i, found, data in rows:
+            text = found.hex() if type(found) is bytes else _hex(found)
+            if i >= start:
+                entries.append(StoredEntry(i, text, prev, data if type(data) is bytes else b""))
+            prev = text
+        return entries
+
+    def find(self, session_id: str, entry_hash: str) -> int | None:
+        """Where an entry is (:meth:`LogStore.find`)."""
+        (n,) = self._session(session_id)
+        try:
+            blob = bytes.fromhex(entry_hash)
+        except (ValueError, TypeError):
+            return None
+        rows = self._rows("SELECT i FROM entries WHERE session = ? AND hash = ? LIMIT 1", (n, blob))
+        return rows[0][0] if rows else None
+
+    def sessions(self, *, limit: int | None = None, before: str | None = None) -> list[LogInfo]:
+        """Sessions, newest first (:meth:`LogStore.sessions`)."""
+        top = 2**63 - 1 if before is None else self._session(before)[0]
+        rows = self._rows(
+            f"SELECT {_INFO} FROM sessions WHERE n < ? ORDER BY n DESC LIMIT ?", (top, -1 if limit is None else limit)
+        )
+        return [_info(row) for row in rows]
+
+    def info(self, session_id: str) -> LogInfo:
+        """What is known of a session (:meth:`LogStore.info`)."""
+        return _info(self._session(session_id, _INFO))
+
+    # --- the end ------------------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Close the file. Idempotent."""
+        with self._lock:
+            connection, self._connection = self._connection, None
+            if connection is not None and self._pid == os.getpid():
+                with translated(self.path):
+                    connection.close()
+
+    def __enter__(self) -> SQLiteLogStore:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        connection = getattr(self, "_connection", None)
+        if connection is not None:
+            if self._pid != os.getpid():
+                _abandoned.append(connection)
+            else:
+                with contextlib.suppress(sqlite3.Error):
+                    connection.close()
+
+    def __repr__(self) -> str:
+        return f"<llamastate.log.SQLiteLogStore {self.path!r}{' closed' if self._connection is None else ''}>"
+
+
+#: Connections of the process that this one was forked from: kept, since letting go would close them.
+_abandoned: list[sqlite3.Connection] = []
+
+
+def _check_header(path: str) -> None:
+    """Refuse a file that is not ours, or a newer one, before SQLite touches it."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(100)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise FileAccessError(
+            f"cannot read {path!r}: {error.strerror}", path=path, reason=error.strerror, code=error.errno
+        ) from None
+    if not head:
+        return  # about to be made by somebody, or left by one who died before anything was in it
+    if len(head) < 100 or not head.startswith(b"SQLite format 3\0"):
+        raise BadMagicError(f"{path!r} is no SQLite file", path=path, reason="no SQLite file")
+    (version,), (application,) = struct.unpack_from(">I", head, 60), struct.unpack_from(">I", head, 68)
+    if version or application:
+        _check_numbers(path, application, version)
+
+
+def _check_numbers(path: str, application: int, version: int) -> None:
+    if application != APPLICATION_ID:
+        raise BadMagicError(
+            f"{path!r} is a database of another program", path=path, reason="another program's",
+            expected=APPLICATION_ID, found=application,
+        )  # fmt: skip
+    if version != SCHEMA_VERSION:
+        raise VersionMismatchError(
+            f"{path!r} has version {version} of the schema; this package knows {SCHEMA_VERSION}",
+            path=path,
+            reason="another version",
+            expected=SCHEMA_VERSION,
+            found=version,
+        )
+
+
+def _hex(value: Any) -> str:
+    """A hash as text; of what is none something that no hash equals."""
+    return value.hex() if isinstance(value, bytes) else f"not a hash: {value!r:.40}"
+
+
+def _info(row: Any) -> LogInfo:
+    session_id, n_entries, head, created, updated, relation, origin_id, origin_hash = row
+    origin = None if origin_id is None else SessionOrigin(origin_id, origin_hash)
+    return LogInfo(session_id, n_entries, _hex(head), created, updated, relation, origin)
