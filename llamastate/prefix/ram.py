@@ -1,0 +1,176 @@
+"""Entries in memory, least recently used first to go."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
+
+from llamastate.errors import StoreFullError
+from llamastate.prefix.entry import Entry, Kind
+
+__all__ = ["RamTier"]
+
+
+class RamTier:
+    """A bounded number of bytes of entries.
+
+    Parameters
+    ----------
+    ram_bytes : int
+
+    Notes
+    -----
+    What has not been written to the tier below yet (`held`) or is pinned stays; everything else goes in the order of
+    its last use, and an entry before those that it stands on. Safe to use from several threads.
+    """
+
+    def __init__(self, ram_bytes: int) -> None:
+        self.capacity = ram_bytes
+        self.nbytes = 0
+        self.anchor_bytes = 0
+        self.evicted = 0
+        self._lock = threading.Lock()
+        self._entries: OrderedDict[bytes, Entry] = OrderedDict()
+        self._held: Counter[bytes] = Counter()
+        self._tails: dict[bytes, Counter[int]] = {}
+        self._lent = 0
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def known(self, keys: Sequence[bytes]) -> set[bytes]:
+        """Which of these are there."""
+        with self._lock:
+            return {key for key in keys if key in self._entries}
+
+    def get(self, key: bytes) -> Entry | None:
+        """The entry, if it is there."""
+        return self._entries.get(key)
+
+    def put(self, entry: Entry, *, hold: bool = False) -> bool:
+        """Keep an entry; False if it was there already.
+
+        Parameters
+        ----------
+        hold : bool
+            Keep it until :meth:`release`.
+
+        Raises
+        ------
+        StoreFullError
+            It has no room beside what is held.
+        """
+        with self._lock:
+            if entry.key in self._entries:
+                self._hold(entry.key, hold)
+                return False
+            self._make_room(entry.nbytes)
+            self._entries[entry.key] = entry
+            self._hold(entry.key, hold)
+            self.nbytes += entry.nbytes
+            if entry.kind == Kind.ANCHOR:
+                self.anchor_bytes += entry.nbytes
+                self._tails.setdefault(entry.parent, Counter())[entry.tail] += 1
+            return True
+
+    def hold(self, keys: Iterable[bytes]) -> None:
+        """Keep these, whether they are there already or come later, until :meth:`release`."""
+        with self._lock:
+            self._held.update(keys)
+
+    def release(self, keys: Iterable[bytes]) -> None:
+        """Take one :meth:`hold` back."""
+        with self._lock:
+            for key in keys:
+                self._held[key] -= 1
+                if self._held[key] <= 0:
+                    del self._held[key]
+
+    def touch(self, keys: Iterable[bytes]) -> None:
+        """These were of use just now; the later in the chain, the sooner to go."""
+        with self._lock:
+            for key in reversed(list(keys)):
+                if key in self._entries:
+                    self._entries.move_to_end(key)
+
+    def tails(self, parent: bytes) -> list[int]:
+        """How many tokens after ``parent`` there are anchors, descending."""
+        with self._lock:
+            return sorted(self._tails.get(parent, ()), reverse=True)
+
+    def drop(self, key: bytes) -> None:
+        """Forget an entry."""
+        with self._lock:
+            if key in self._entries:
+                self._remove(key)
+
+    def clear(self) -> int:
+        """Forget everything that is not held; how many bytes that was."""
+        with self._lock:
+            before = self.nbytes
+            for key in [k for k in self._entries if not self._held.get(k)]:
+                self._remove(key)
+            return before - self.nbytes
+
+    @contextlib.contextmanager
+    def lend(self, nbytes: int) -> Iterator[None]:
+        """Give room to something else for a while: entries go for it."""
+        with self._lock:
+            self._lent += nbytes
+            self._shrink()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._lent -= nbytes
+
+    def close(self) -> None:
+        """Forget everything."""
+        with self._lock:
+            self._entries.clear()
+            self._tails.clear()
+            self._held.clear()
+            self.nbytes = self.anchor_bytes = 0
+
+    def _hold(self, key: bytes, hold: bool) -> None:
+        if hold:
+            self._held[key] += 1
+
+    def _make_room(self, nbytes: int) -> None:
+        fits = nbytes <= self.capacity - self._lent
+        if fits:
+            self._shrink(nbytes)
+        if not fits or self.nbytes + self._lent + nbytes > self.capacity:
+            available = max(0, self.capacity - self.nbytes - self._lent)
+            raise StoreFullError(
+                f"no room in memory for {nbytes} bytes: {available} of {self.capacity} can be had",
+                needed=nbytes,
+                available=available,
+            )
+
+    def _shrink(self, extra: int = 0) -> None:
+        excess = self.nbytes - max(0, self.capacity - self._lent - extra)
+        victims = []
+        for key, entry in self._entries.items():
+            if excess <= 0:
+                break
+            if not self._held.get(key):
+                victims.append(key)
+                excess -= entry.nbytes
+        for key in victims:
+            self._remove(key)
+        self.evicted += len(victims)
+
+    def _remove(self, key: bytes) -> None:
+        entry = self._entries.pop(key)
+        self.nbytes -= entry.nbytes
+        if entry.kind == Kind.ANCHOR:
+            self.anchor_bytes -= entry.nbytes
+            counts = self._tails[entry.parent]
+            counts[entry.tail] -= 1
+            if counts[entry.tail] <= 0:
+                del counts[entry.tail]
+                if not counts:
+                    del self._tails[entry.parent]

@@ -1,0 +1,80 @@
+"""What a store has done, in numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llamastate.prefix.ram import RamTier
+
+__all__ = ["Counters", "PrefixStats"]
+
+
+@dataclass(frozen=True)
+class PrefixStats:
+    """What a store holds, and what it did in this process.
+
+    Attributes
+    ----------
+    queries, hits : int
+        Loads, and those that found something.
+    query_tokens, hit_tokens : int
+        Tokens that were asked for, and those that were restored: their quotient is the token hit rate.
+    stored_tokens : int
+        Tokens that were new when they were put.
+    dropped, damaged : int
+        Entries that were not written for want of room, and those given up because their bytes were wrong.
+    disk_reads, remote_reads : int
+        Entries that were not in memory.
+    ram_bytes, ram_anchor_bytes, ram_entries, ram_evicted : int
+        The memory's share.
+    disk : object or None
+        The disk's own numbers.
+    """
+
+    queries: int
+    hits: int
+    query_tokens: int
+    hit_tokens: int
+    stored_tokens: int
+    dropped: int
+    damaged: int
+    disk_reads: int
+    remote_reads: int
+    ram_bytes: int
+    ram_anchor_bytes: int
+    ram_entries: int
+    ram_evicted: int
+    disk: Any = None
+
+    @property
+    def hit_rate(self) -> float:
+        """Tokens restored for each token asked for, 0 to 1."""
+        return self.hit_tokens / self.query_tokens if self.query_tokens else 0.0
+
+
+@dataclass
+class Counters:
+    """The running numbers of :class:`PrefixStats`."""
+
+    queries: int = 0
+    hits: int = 0
+    query_tokens: int = 0
+    hit_tokens: int = 0
+    stored_tokens: int = 0
+    dropped: int = 0
+    damaged: int = 0
+    disk_reads: int = 0
+    remote_reads: int = 0
+
+    def stats(self, ram: RamTier, disk: Any) -> PrefixStats:
+        """Freeze them."""
+        return PrefixStats(
+            **vars(self),
+            ram_bytes=ram.nbytes,
+            ram_anchor_bytes=ram.anchor_bytes,
+            ram_entries=len(ram),
+            ram_evicted=ram.evicted,
+            disk=disk,
+        )

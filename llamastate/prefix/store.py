@@ -1,0 +1,679 @@
+"""The prefix store: what it keeps, where it looks, and what it gives back."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import warnings
+import weakref
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from llamastate.arrays import Int32Array, TokensLike, as_index, as_tokens
+from llamastate.errors import (
+    ClosedError,
+    CorruptStateError,
+    InvalidArgumentError,
+    InvalidSequenceError,
+    LayoutMismatchError,
+    LlamaStateError,
+    PendingUpdateError,
+    StoreFullError,
+    TokensMismatchError,
+)
+from llamastate.flags import SeqFlags
+from llamastate.params import I32
+from llamastate.prefix.behind import WriteBehind
+from llamastate.prefix.chain import anchor_key, block_keys, portable, root_key
+from llamastate.prefix.entry import Entry, Kind, build, seal
+from llamastate.prefix.ram import RamTier
+from llamastate.prefix.rows import Placer, RowReader, place_of, take_partial
+from llamastate.prefix.stats import Counters, PrefixStats
+from llamastate.prefix.tiers import Tier
+from llamastate.sessioncore import SessionCore
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from llamastate.context import Context
+    from llamastate.prefix.disk import DiskTier
+
+__all__ = ["PrefixStore"]
+
+
+class Chain(NamedTuple):
+    """The names of a sequence's prefixes."""
+
+    root: bytes
+    keys: list[bytes]
+    ids: Int32Array
+    kind: str
+
+
+class Match(NamedTuple):
+    """The longest prefix that is stored: so many blocks, and an anchor for kinds of memory that need one."""
+
+    n_tokens: int
+    n_blocks: int
+    anchor: bytes | None
+
+
+class AnchorState(NamedTuple):
+    """What cannot be cut, after ``n_tokens`` tokens of a sequence."""
+
+    n_tokens: int
+    state: npt.NDArray[np.uint8] | None
+    logits: npt.NDArray[np.float32] | None
+
+
+class PrefixStore:
+    """Blocks of KV rows, shared by everything that begins alike.
+
+    Parameters
+    ----------
+    path : path-like or None
+        A folder, made if it is not there; any number of processes may use it at once. None keeps everything in memory.
+    ram_bytes : int
+        What entries may take in memory. What is on its way to the disk counts.
+    disk_bytes : int or None
+        What they may take on disk; None for no bound but the disk's own.
+    block_tokens : int
+        Tokens of a block. Stores of different sizes of blocks share a folder, but no blocks.
+    anchor_share : float
+        The part of ``disk_bytes`` that states of sliding windows and recurrent models may take, in ``(0, 1]``.
+    remote : Tier, optional
+        A place beyond the disk, such as :class:`~llamastate.prefix.RemoteTier`.
+    write_behind : bool
+        Write to disk and remote in a thread; :meth:`flush` waits for it.
+    durable : bool
+        Wait for the disk at every block. Without it a power cut may lose the last ones, or tear one, which its
+        checksums then tell: it is as if it had never been stored.
+
+    Notes
+    -----
+    Exact or a miss: a block is named by a hash over the fingerprint of the model and context and all tokens up to its
+    end; its own tokens are compared, its bytes verified when they are read, and its rows checked before llama.cpp sees
+    them. Use :meth:`put` after a prefill and :meth:`load` before one, or hand the store to
+    :meth:`llamastate.Session.sync`. A store is safe to use from several threads.
+
+    Examples
+    --------
+    >>> with PrefixStore("blocks", disk_bytes=10 << 30) as store:  # doctest: +SKIP
+    ...     n = store.load(ctx, 0, tokens)
+    ...     ctx.decode(tokens[n:])
+    ...     store.put(ctx, 0, tokens)
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str] | None,
+        *,
+        ram_bytes: int = 1 << 30,
+        disk_bytes: int | None = None,
+        block_tokens: int = 64,
+        anchor_share: float = 0.5,
+        remote: Tier | None = None,
+        write_behind: bool = True,
+        durable: bool = False,
+    ) -> None:
+        self.block_tokens = _at_least("block_tokens", block_tokens, 1)
+        ram_bytes = _at_least("ram_bytes", ram_bytes, 0)
+        self.path = None if path is None else os.fspath(path)
+        self._ram = RamTier(ram_bytes)
+        self._disk: DiskTier | None = None
+        if path is not None:
+            from llamastate.prefix.disk import DiskTier
+
+            limit = None if disk_bytes is None else _at_least("disk_bytes", disk_bytes, 0)
+            self._disk = DiskTier(path, disk_bytes=limit, anchor_share=anchor_share, durable=durable)
+        self._remote = remote
+        self._counters = Counters()
+        self._roots: dict[str, bytes] = {}
+        self._last_root: tuple[bytes, str] | None = None
+        self._warned = False
+        self._lock = threading.Lock()
+        self._closed = False
+        self._behind: WriteBehind | None = None
+        if write_behind and (self._disk is not None or remote is not None):
+            # not a bound method: the thread must not keep the store alive
+            self._behind = WriteBehind(_writer(weakref.ref(self)))
+
+    # --- putting in ---------------------------------------------------------------------------------------------------
+
+    def put(self, source: Context | SessionCore, seq_id: int | None = None, tokens: TokensLike | None = None) -> int:
+        """Store what is new of a sequence.
+
+        Parameters
+        ----------
+        source : Context or Session
+            Of a session its tokens, its logits and its checkpoints are taken, and nothing else need be given.
+        seq_id : int
+        tokens : array-like of int
+            What the sequence was decoded from. Whole blocks of them are stored; if the sequence ends here, also the
+            state at the end where a model needs one (sliding window, recurrent, hybrid).
+
+        Returns
+        -------
+        int
+            Tokens whose blocks, or states, were not there before.
+
+        Raises
+        ------
+        TokensMismatchError
+            The sequence does not hold these tokens, each at its own position.
+        PendingUpdateError
+            Positions were moved and nothing has been decoded since.
+
+        Notes
+        -----
+        A full store refuses new blocks and warns once; that is no error. Cost: one copy of what is new, where the
+        context is unified and has an empty sequence to spare; else a copy of the whole sequence.
+        """
+        with contextlib.ExitStack() as stack:
+            if isinstance(source, SessionCore):
+                stack.enter_context(source._lock)
+                ctx, seq, given, anchors = _of_session(source, seq_id, tokens)
+            else:
+                if seq_id is None or tokens is None:
+                    raise InvalidArgumentError("a context needs seq_id and tokens", name="tokens", value=tokens)
+                ctx, seq, given, anchors = source, seq_id, tokens, []
+            self._check_open()
+            stack.enter_context(ctx._handle)
+            chain = self._chain(ctx, given)
+            return self._store(ctx, as_index(seq, "seq_id", InvalidSequenceError), chain, anchors)
+
+    def _store(self, ctx: Context, seq: int, chain: Chain, anchors: list[AnchorState]) -> int:
+        n = len(chain.ids)
+        held = ctx.seq_pos_max(seq) + 1
+        if held < n or ctx._handle.moved_cells:
+            what = "moved positions" if held >= n else f"{held} tokens, not {n}"
+            raise TokensMismatchError(
+                f"sequence {seq} holds {what}", n_tokens=n, pos_min=ctx.seq_pos_min(seq), pos_max=held - 1
+            )
+        if ctx._handle.pending_shift:
+            raise PendingUpdateError("positions were moved: decode before the rows are stored", operation="put")
+        if held == n and n and chain.kind != "attention" and not any(a.n_tokens == n for a in anchors):
+            anchors = [*anchors, AnchorState(n, None, None)]
+        reader = RowReader(ctx, seq)
+        stored = 0
+        try:
+            for span in self._new_blocks(chain, reader):
+                stored += span
+            for anchor in anchors:
+                stored += self._put_anchor(ctx, seq, chain, anchor, reader)
+        except StoreFullError as error:
+            self._complain(error)
+        self._counters.stored_tokens += stored
+        return stored
+
+    def _new_blocks(self, chain: Chain, reader: RowReader) -> Iterator[int]:
+        """Store the blocks that are not there; the tokens of each."""
+        size, place = self.block_tokens, reader.place
+        if not place.has_rows:
+            return
+        known = self._known(chain.keys[1:])
+        for i, key in enumerate(chain.keys[1:]):
+            if key in known:
+                continue
+            tokens = chain.ids[i * size : (i + 1) * size]
+            entry = build(
+                Kind.BLOCK,
+                key=key,
+                parent=chain.keys[i],
+                root=chain.root,
+                start=i * size,
+                tokens=tokens,
+                rows=place.rows_bytes(size),
+            )
+            reader.read(i * size, (i + 1) * size, entry.rows)
+            self._keep(entry)
+            yield size
+
+    def _put_anchor(self, ctx: Context, seq: int, chain: Chain, anchor: AnchorState, reader: RowReader) -> int:
+        block, tail = divmod(anchor.n_tokens, self.block_tokens)
+        start = anchor.n_tokens - tail
+        tokens = chain.ids[start : anchor.n_tokens]
+        key = anchor_key(chain.keys[block], tokens)
+        if self._known([key]):
+            return 0
+        state = anchor.state
+        if state is None:
+            state = ctx.state_seq_get_data(seq, SeqFlags.PARTIAL_ONLY)
+        place = reader.place
+        entry = build(
+            Kind.ANCHOR,
+            key=key,
+            parent=chain.keys[block],
+            root=chain.root,
+            start=start,
+            tokens=tokens,
+            rows=place.rows_bytes(tail),
+            partial=take_partial(ctx, state),
+            logits=anchor.logits,
+        )
+        if tail and place.has_rows:
+            reader.read(start, anchor.n_tokens, entry.rows)
+        self._keep(entry)
+        return tail
+
+    def _keep(self, entry: Entry) -> None:
+        """Put a new entry where it belongs. Raises :class:`StoreFullError`."""
+        if self._behind is not None and entry.nbytes <= self._ram.capacity:
+            try:
+                new = self._ram.put(entry, hold=True)
+            except StoreFullError:
+                # Everything in memory waits for the disk. Waiting as well would hold up decoding.
+                self._counters.dropped += 1
+                raise
+            if new:
+                self._behind.submit(entry)
+            else:
+                self._ram.release([entry.key])
+            return
+        if self._disk is None and self._remote is None:
+            self._ram.put(entry)
+            return
+        self._write(entry)
+        with contextlib.suppress(StoreFullError):
+            self._ram.put(entry)
+
+    def _write(self, entry: Entry) -> None:
+        seal(entry)
+        if self._disk is not None:
+            self._disk.put(entry)
+        if self._remote is not None:
+            self._remote.put(entry)
+
+    def _write_quietly(self, entry: Entry) -> None:
+        """What the thread does: it has nobody to tell."""
+        try:
+            self._write(entry)
+        except (LlamaStateError, OSError) as error:
+            self._counters.dropped += 1
+            self._complain(error)
+        finally:
+            self._ram.release([entry.key])
+
+    def _complain(self, error: Exception) -> None:
+        """Say once that the store is full; inference goes on without it."""
+        with self._lock:
+            if self._warned:
+                return
+            self._warned = True
+        warnings.warn(f"the prefix store takes no more: {error}", RuntimeWarning, stacklevel=3)
+
+    # --- looking up ---------------------------------------------------------------------------------------------------
+
+    def lookup(self, tokens: TokensLike, *, ctx: Context | None = None) -> int:
+        """How many of these tokens :meth:`load` would restore.
+
+        Parameters
+        ----------
+        tokens : array-like of int
+        ctx : Context, optional
+            For which; by default what the store was used with last, or what it holds if that is of one model only.
+
+        Returns
+        -------
+        int
+
+        Notes
+        -----
+        Reads no block. About 1 µs a block for the hashes, and one query of the index.
+        """
+        self._check_open()
+        if ctx is not None:
+            return self._find(self._chain(ctx, tokens)).n_tokens
+        root = self._only_root()
+        if root is None:
+            return 0
+        return self._find(self._chain_of(root, tokens)).n_tokens
+
+    def _chain_of(self, root: tuple[bytes, str], tokens: TokensLike) -> Chain:
+        ids = as_tokens(tokens, I32)
+        return Chain(root[0], block_keys(root[0], ids, self.block_tokens), ids, root[1])
+
+    def _only_root(self) -> tuple[bytes, str] | None:
+        if self._last_root is not None or self._disk is None:
+            return self._last_root
+        roots = [r for r in self._disk.roots() if r.block_tokens == self.block_tokens]
+        if len(roots) > 1:
+            raise InvalidArgumentError(
+                f"the store holds blocks of {len(roots)} models or settings: say which, by ctx", name="ctx", value=None
+            )
+        return (roots[0].root, roots[0].kind) if roots else None
+
+    def _chain(self, ctx: Context, tokens: TokensLike) -> Chain:
+        ids = as_tokens(tokens, ctx.model.n_vocab)
+        kind = ctx.schema.kind
+        fingerprint = ctx.fingerprint
+        root = self._roots.get(fingerprint.digest)
+        if root is None:
+            shared = portable(fingerprint, ctx.schema)
+            root = root_key(shared, self.block_tokens)
+            if self._disk is not None:
+                self._disk.add_root(root, shared.json.decode(), self.block_tokens, kind)
+            self._roots[fingerprint.digest] = root
+        self._last_root = root, kind
+        return Chain(root, block_keys(root, ids, self.block_tokens), ids, kind)
+
+    def _find(self, chain: Chain, bad: frozenset[bytes] | set[bytes] = frozenset()) -> Match:
+        size, n = self.block_tokens, len(chain.ids)
+        run = len(chain.keys) - 1
+        if chain.kind != "recurrent":
+            known = self._known(chain.keys[1:]) - bad
+            run = next((i for i, key in enumerate(chain.keys[1:]) if key not in known), run)
+        if chain.kind == "attention":
+            return Match(run * size, run, None)
+        for i in range(run, -1, -1):
+            for tail in self._tails(chain.keys[i]):
+                end = i * size + tail
+                if not 0 < end <= n:
+                    continue
+                key = anchor_key(chain.keys[i], chain.ids[i * size : end])
+                if key not in bad and self._known([key]):
+                    return Match(end, i, key)
+        return Match(0, 0, None)
+
+    def _tiers(self) -> Iterator[Any]:
+        yield self._ram
+        if self._disk is not None:
+            yield self._disk
+        if self._remote is not None:
+            yield self._remote
+
+    def _known(self, keys: Sequence[bytes]) -> set[bytes]:
+        """Which of these are anywhere."""
+        found: set[bytes] = set()
+        rest: Sequence[bytes] = keys
+        for tier in self._tiers():
+            if not rest:
+                break
+            found |= tier.known(rest)
+            rest = [key for key in rest if key not in found]
+        return found
+
+    def _tails(self, parent: bytes) -> list[int]:
+        lengths: set[int] = set()
+        for tier in self._tiers():
+            lengths.update(tier.tails(parent))
+        return sorted(lengths, reverse=True)
+
+    # --- taking out ---------------------------------------------------------------------------------------------------
+
+    def load(self, ctx: Context, seq_id: int, tokens: TokensLike, *, max_tokens: int | None = None) -> int:
+        """Restore the longest stored prefix.
+
+        Parameters
+        ----------
+        ctx : Context
+        seq_id : int
+            Replaced, if it is not empty.
+        tokens : array-like of int
+        max_tokens : int, optional
+            At most so many. One less than there are leaves one to decode, for its logits.
+
+        Returns
+        -------
+        int
+            How many tokens the sequence holds now, from the first on; the rest is to be decoded. 0 if nothing is
+            stored: the sequence is empty then.
+
+        Raises
+        ------
+        NotEnoughCellsError
+            The prefix has no room in the cache; nothing has changed.
+
+        Notes
+        -----
+        Where a block turns out to be damaged or gone the prefix is shorter. Cost: every byte moves once from memory to
+        llama.cpp if the context is unified, ``seq_id`` empty and another sequence empty too; else twice.
+        """
+        return self._load(ctx, seq_id, tokens, max_tokens)[0]
+
+    def _load(
+        self, ctx: Context, seq_id: int, tokens: TokensLike, max_tokens: int | None = None
+    ) -> tuple[int, npt.NDArray[np.float32] | None]:
+        """As :meth:`load`; also the logits that follow, if they are known."""
+        self._check_open()
+        with ctx._handle:
+            ids = as_tokens(tokens, ctx.model.n_vocab)
+            asked = len(ids)
+            if max_tokens is not None:
+                ids = ids[: _at_least("max_tokens", max_tokens, 0)]
+            chain = self._chain(ctx, ids)
+            self._counters.queries += 1
+            self._counters.query_tokens += asked
+            bad: set[bytes] = set()
+            while True:
+                match = self._find(chain, bad)
+                if not match.n_tokens:
+                    ctx.seq_rm(seq_id)
+                    return 0, None
+                done = self._place(ctx, seq_id, chain, match, bad)
+                if done is not None:
+                    self._counters.hits += 1
+                    self._counters.hit_tokens += done[0]
+                    return done
+
+    def _place(
+        self, ctx: Context, seq_id: int, chain: Chain, match: Match, bad: set[bytes]
+    ) -> tuple[int, npt.NDArray[np.float32] | None] | None:
+        """Put a match into the sequence; None, with new keys in ``bad``, if it was not what it seemed."""
+        anchor = None
+        if match.anchor is not None:
+            start = match.n_blocks * self.block_tokens
+            anchor = self._fetch(match.anchor, chain.ids[start : match.n_tokens], start, bad)
+            if anchor is None:
+                return None
+        has_rows = place_of(ctx.schema).has_rows
+        keys = chain.keys[1 : match.n_blocks + 1] if has_rows else []
+        with contextlib.ExitStack() as stack:
+            placer = Placer(ctx, seq_id)
+            if placer.needs_room:
+                room = len(keys) * place_of(ctx.schema).rows_bytes(self.block_tokens)
+                stack.enter_context(self._ram.lend(room))
+            entry = anchor
+            try:
+                for i, key in enumerate(keys):
+                    start = i * self.block_tokens
+                    entry = self._fetch(key, chain.ids[start : start + self.block_tokens], start, bad)
+                    if entry is None:
+                        break
+                    placer.add(entry)
+                else:
+                    entry = anchor
+                if entry is None and match.anchor is not None:
+                    placer.abandon()
+                    return None
+                n = placer.finish(anchor)
+            except (CorruptStateError, LayoutMismatchError):
+                # sound bytes that are no state of this context: nobody ought to meet them again
+                placer.abandon()
+                assert entry is not None
+                bad.add(entry.key)
+                self._drop(entry.key)
+                return None
+            except BaseException:
+                placer.abandon()
+                raise
+        used = [*keys[: -(-n // self.block_tokens)], *([match.anchor] if match.anchor else [])]
+        for tier in self._tiers():
+            tier.touch(used)
+        logits = anchor.logits if anchor is not None else None
+        return n, None if logits is None else logits.copy()
+
+    def _fetch(self, key: bytes, tokens: Int32Array, start: int, bad: set[bytes]) -> Entry | None:
+        """The entry, if it is there and holds these very tokens at this place."""
+        entry = self._ram.get(key)
+        if entry is None:
+            entry = self._from_below(key)
+        if entry is None or entry.start != start or not np.array_equal(entry.tokens, tokens):
+            bad.add(key)
+            return None
+        return entry
+
+    def _from_below(self, key: bytes) -> Entry | None:
+        entry = self._disk.get(key) if self._disk is not None else None
+        if entry is not None:
+            self._counters.disk_reads += 1
+        elif self._remote is not None:
+            entry = self._remote.get(key)
+            if entry is not None:
+                self._counters.remote_reads += 1
+                if self._disk is not None:
+                    try:
+                        self._disk.put(entry)
+                    except StoreFullError as error:
+                        self._complain(error)
+        if entry is not None:
+            with contextlib.suppress(StoreFullError):
+                self._ram.put(entry)
+        return entry
+
+    def _drop(self, key: bytes) -> None:
+        self._counters.damaged += 1
+        self._ram.drop(key)
+        if self._disk is not None:
+            self._disk.drop(key)
+
+    # --- keeping house ------------------------------------------------------------------------------------------------
+
+    def pin(self, tokens: TokensLike, *, ctx: Context | None = None) -> int:
+        """Keep the stored prefix of these tokens, whatever else has to go; until as many :meth:`unpin`.
+
+        Returns
+        -------
+        int
+            How many tokens are pinned: as :meth:`lookup`.
+        """
+        n, keys = self._keys_of(tokens, ctx)
+        self._ram.hold(keys)
+        if self._disk is not None:
+            self.flush()
+            self._disk.pin(keys)
+        return n
+
+    def unpin(self, tokens: TokensLike, *, ctx: Context | None = None) -> int:
+        """Take one :meth:`pin` back; how many tokens that was."""
+        n, keys = self._keys_of(tokens, ctx)
+        self._ram.release(keys)
+        if self._disk is not None:
+            self._disk.unpin(keys)
+        return n
+
+    def _keys_of(self, tokens: TokensLike, ctx: Context | None) -> tuple[int, list[bytes]]:
+        self._check_open()
+        if ctx is not None:
+            chain = self._chain(ctx, tokens)
+        else:
+            root = self._only_root()
+            if root is None:
+                return 0, []
+            chain = self._chain_of(root, tokens)
+        match = self._find(chain)
+        keys = chain.keys[1 : match.n_blocks + 1] if chain.kind != "recurrent" else []
+        return match.n_tokens, [*keys, *([match.anchor] if match.anchor else [])]
+
+    def evict(self, n_bytes: int | None = None) -> int:
+        """Let go what was used least recently: so many bytes, or everything that is not pinned.
+
+        Returns
+        -------
+        int
+            Bytes freed, on disk if there is one, else in memory.
+        """
+        self.flush()
+        freed = self._ram.clear() if n_bytes is None or self._disk is None else 0
+        if self._disk is None:
+            return freed
+        return self._disk.evict(self._disk.stats().bytes if n_bytes is None else n_bytes)
+
+    def flush(self) -> None:
+        """Wait until everything that was put is written."""
+        self._check_open()
+        if self._behind is not None:
+            self._behind.flush()
+        if self._disk is not None:
+            self._disk.flush()
+
+    def stats(self) -> PrefixStats:
+        """What the store holds and what it has done in this process."""
+        self._check_open()
+        return self._counters.stats(self._ram, None if self._disk is None else self._disk.stats())
+
+    def verify(self, *, drop: bool = True) -> list[Any]:
+        """Read every file and check every byte; the damaged ones, which are dropped unless told otherwise."""
+        self.flush()
+        return [] if self._disk is None else list(self._disk.verify(drop=drop))
+
+    def gc(self) -> Any:
+        """Mend what crashes have left: files without a row, rows without a file, temporary files."""
+        self.flush()
+        return None if self._disk is None else self._disk.gc()
+
+    def close(self) -> None:
+        """Write what is waiting, and let go. Idempotent."""
+        if self._closed:
+            return
+        if self._behind is not None:
+            self._behind.close()
+        self._closed = True
+        if self._disk is not None:
+            self._disk.close()
+        if self._remote is not None:
+            self._remote.close()
+        self._ram.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        where = "memory" if self.path is None else repr(self.path)
+        return f"<llamastate.PrefixStore in {where}, blocks of {self.block_tokens} tokens>"
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError("the store is closed", what="store")
+
+
+def _writer(store: weakref.ref[PrefixStore]) -> Any:
+    def write(entry: Entry) -> None:
+        alive = store()
+        if alive is not None:
+            alive._write_quietly(entry)
+
+    return write
+
+
+def _of_session(
+    session: SessionCore, seq_id: int | None, tokens: TokensLike | None
+) -> tuple[Context, int, Int32Array, list[AnchorState]]:
+    """Context, sequence, tokens and states of a session."""
+    if seq_id not in (None, session.seq_id) or tokens is not None:
+        raise InvalidArgumentError("a session knows its sequence and tokens itself", name="tokens", value=tokens)
+    session._check_step()
+    n = session.n_past
+    states = {
+        p.n_tokens: AnchorState(p.n_tokens, np.asarray(p.state), p.logits)
+        for p in session._history
+        if p.state is not None and p.kind == "partial" and p.n_tokens <= n
+    }
+    if n and session._history.needs_states:
+        end = states.get(n, AnchorState(n, None, None))
+        states[n] = end._replace(logits=session._logits.copy() if session._has_logits else end.logits)
+    return session.ctx, session.seq_id, session._tokens, list(states.values())
+
+
+def _at_least(name: str, value: object, limit: int) -> int:
+    number = as_index(value, name, InvalidArgumentError)
+    if number < limit:
+        raise InvalidArgumentError(f"{name} = {number} is below {limit}", name=name, value=number, limit=limit)
+    return number
