@@ -271,10 +271,7 @@ Known = (
     | CacheUnlocked
     | ConfigChanged
 )
-_CLASSES: dict[str, type[Entry]] = {
-    str(cls.__struct_config__.tag): cls  # type: ignore[attr-defined]
-    for cls in Known.__args__
-}
+_CLASSES: dict[str, type[Entry]] = {str(cls.__struct_config__.tag): cls for cls in Known.__args__}
 _decoder: msgspec.json.Decoder[Any] = msgspec.json.Decoder(Known)
 _plain: msgspec.json.Decoder[Any] = msgspec.json.Decoder()
 

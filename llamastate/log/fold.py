@@ -130,9 +130,7 @@ class RestoredState(msgspec.Struct):
         return next((_known(k) for k in reversed(self.kept) if k.entry["kind"] in kinds), None)
 
 
-def fold(
-    entries: Iterable[StoredEntry | Entry | UnknownEntry], state: RestoredState | None = None
-) -> RestoredState:
+def fold(entries: Iterable[StoredEntry | Entry | UnknownEntry], state: RestoredState | None = None) -> RestoredState:
     """Fold entries to the state that they lead to.
 
     Parameters

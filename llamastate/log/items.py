@@ -1,12 +1,13 @@
 """What a history is made of: messages, tool calls and their results, reasoning, and others.
 
-An item is a JSON object, kept as it is. Two ways of writing one are understood: chat messages (``role``) and typed items
-(``type``), as programs have them that speak to OpenAI-like interfaces. What is understood decides in which entry an item
-is recorded, and how a chat template gets to see it; never what is stored.
+An item is a JSON object, kept as it is. Two ways of writing one are understood: chat messages (``role``) and typed
+items (``type``), as programs have them that speak to OpenAI-like interfaces. What is understood decides in which entry
+an item is recorded, and how a chat template gets to see it; never what is stored.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -171,7 +172,8 @@ def _assistant_messages(run: Iterable[Item]) -> list[dict[str, Any]]:
             open_message = _message(item)
             made.append(open_message)
             continue
-        if open_message is None or (kind == "reasoning" and ("content" in open_message or "tool_calls" in open_message)):
+        spoken = open_message is not None and not open_message.keys().isdisjoint(("content", "tool_calls"))
+        if open_message is None or (kind == "reasoning" and spoken):
             open_message = {"role": "assistant"}
             made.append(open_message)
         if kind == "assistant":
@@ -196,10 +198,8 @@ def _message(item: Item) -> dict[str, Any]:
 def _call(item: Item) -> dict[str, Any]:
     arguments = item.get("arguments", item.get("input", {}))
     if isinstance(arguments, str):
-        try:  # templates want to write the arguments themselves
+        with contextlib.suppress(ValueError):  # templates want to write the arguments themselves
             arguments = json.loads(arguments)
-        except ValueError:
-            pass
     call_id = item.get("call_id", item.get("id"))
     return {"id": call_id, "type": "function", "function": {"name": item.get("name"), "arguments": arguments}}
 

@@ -82,9 +82,7 @@ class MemoryLogStore:
         with self._lock:
             log = self._log(session_id)
             relation, origin = first_facts(log[:1])
-            return LogInfo(
-                session_id, len(log), log[-1].hash, time_of(log[0]), time_of(log[-1]), relation, origin
-            )
+            return LogInfo(session_id, len(log), log[-1].hash, time_of(log[0]), time_of(log[-1]), relation, origin)
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:

@@ -46,9 +46,9 @@ _KEEP: Any = object()
 class SessionLog:
     """The log of one session, and where it ended when this object last looked. Made by :meth:`create` or :meth:`open`.
 
-    Every ``save_`` method appends to that end, which is compared in the same step: it raises :class:`HeadMovedError` and
-    records nothing if somebody else has been there. Who gets that can :meth:`refresh` and decide anew, or go on apart
-    with :meth:`ensure_head_or_fork`. Each returns the new head's hash. Threads take turns.
+    Every ``save_`` method appends to that end, which is compared in the same step: it raises :class:`HeadMovedError`
+    and records nothing if somebody else has been there. Who gets that can :meth:`refresh` and decide anew, or go on
+    apart with :meth:`ensure_head_or_fork`. Each returns the new head's hash. Threads take turns.
 
     Examples
     --------
@@ -62,6 +62,10 @@ class SessionLog:
 
     #: Where the log is.
     store: LogStore
+    _id: str
+    _n: int
+    _head: str
+    _lock: threading.RLock  # type: ignore[valid-type,unused-ignore]
 
     def __init__(self) -> None:
         raise TypeError("use SessionLog.create() or SessionLog.open()")
@@ -465,7 +469,9 @@ def _count(name: str, value: object) -> int:
 
 def _prompt(text: object) -> str | None:
     if text is not None and not isinstance(text, str):
-        raise InvalidArgumentError(f"system_prompt is {type(text).__name__}, not text", name="system_prompt", value=text)
+        raise InvalidArgumentError(
+            f"system_prompt is {type(text).__name__}, not text", name="system_prompt", value=text
+        )
     return text
 
 

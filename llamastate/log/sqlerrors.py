@@ -17,13 +17,13 @@ from llamastate.errors import (
     StoreLockedError,
 )
 
-__all__ = ["translated"]
+__all__ = ["BUSY", "code_of", "translated"]
 
 # Primary result codes (https://sqlite.org/rescode.html). The module has names for them only since Python 3.11.
-_BUSY, _LOCKED, _READONLY, _IOERR, _CORRUPT, _FULL, _CANTOPEN, _NOTADB = 5, 6, 8, 10, 11, 13, 14, 26
+BUSY, _LOCKED, _READONLY, _IOERR, _CORRUPT, _FULL, _CANTOPEN, _NOTADB = 5, 6, 8, 10, 11, 13, 14, 26
 #: For Python 3.10, which tells no code: what the messages begin with or contain.
 _MESSAGES = (
-    ("locked", _BUSY),
+    ("locked", BUSY),
     ("readonly", _READONLY),
     ("disk i/o", _IOERR),
     ("malformed", _CORRUPT),
@@ -56,7 +56,7 @@ def _translate(error: BaseException, path: str) -> LlamaStateError:
     code = code_of(error)
     if isinstance(error, sqlite3.ProgrammingError) and "closed" in reason:
         return ClosedError("the store is closed", what="store")
-    if code in (_BUSY, _LOCKED):
+    if code in (BUSY, _LOCKED):
         return StoreLockedError(f"{path!r} is held by another process", path=path)
     if code == _FULL:
         return StoreFullError(f"there is no room for {path!r} to grow: {reason}", path=path)

@@ -14,6 +14,7 @@ from typing import Any
 from llamastate.errors import (
     BadMagicError,
     ClosedError,
+    CorruptStateError,
     FileAccessError,
     InvalidArgumentError,
     StateFileNotFoundError,
@@ -22,7 +23,7 @@ from llamastate.errors import (
 from llamastate.log.chain import StoredEntry, require_chain
 from llamastate.log.entries import SessionOrigin
 from llamastate.log.memory import moved
-from llamastate.log.sqlerrors import code_of, translated
+from llamastate.log.sqlerrors import BUSY, code_of, translated
 from llamastate.log.store import Head, LogInfo, exists, first_facts, not_found, time_of
 from llamastate.names import check_name
 
@@ -32,23 +33,22 @@ __all__ = ["SCHEMA_VERSION", "SQLiteLogStore"]
 SCHEMA_VERSION = 1
 APPLICATION_ID = 0x4C4C534C
 
-# Entries are only ever added, so their table is filled without gaps, whatever sessions they belong to; clustered by
-# session its pages would stay half empty. prev_hash is the hash of the row before and is not stored twice.
+# An entry's place is the number of its session and its index in one integer: a session's entries lie together, in
+# order, and no index beside them takes room. prev_hash is the hash of the row before and is not stored twice.
 _SCHEMA = (
     """CREATE TABLE sessions (
         n INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, n_entries INTEGER NOT NULL, head BLOB NOT NULL,
         created INTEGER NOT NULL, updated INTEGER NOT NULL, relation TEXT, origin_id TEXT, origin_hash TEXT
     )""",
-    """CREATE TABLE entries (
-        n INTEGER PRIMARY KEY, session INTEGER NOT NULL, i INTEGER NOT NULL, hash BLOB NOT NULL, data BLOB NOT NULL
-    )""",
-    "CREATE UNIQUE INDEX place ON entries (session, i)",
+    "CREATE TABLE entries (place INTEGER PRIMARY KEY, hash BLOB NOT NULL, data BLOB NOT NULL)",
 )
+#: Entries that a session has room for.
+ROOM = 1 << 32
 _SYNC = {"normal": "NORMAL", "full": "FULL"}
 #: Pages of the write-ahead log at which it is brought home: that costs an fsync or two, and so not often.
 _CHECKPOINT = 8192
 _INFO = "id, n_entries, head, created, updated, relation, origin_id, origin_hash"
-_INSERT = "INSERT INTO entries (session, i, hash, data) VALUES (?, ?, ?, ?)"
+_INSERT = "INSERT INTO entries (place, hash, data) VALUES (?, ?, ?)"
 
 
 class SQLiteLogStore:
@@ -158,7 +158,11 @@ class SQLiteLogStore:
         """Whether the tables are there; an error if the file is something else."""
         (application,) = connection.execute("PRAGMA application_id").fetchone()
         (version,) = connection.execute("PRAGMA user_version").fetchone()
-        if not application and not version and not connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
+        if (
+            not application
+            and not version
+            and not connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+        ):
             return False
         _check_numbers(self.path, application, version)
         return True
@@ -166,15 +170,8 @@ class SQLiteLogStore:
     def _switch_to_wal(self, connection: sqlite3.Connection) -> None:
         # SQLite does not wait for its turn when two processes do this to a new file at once.
         end = time.monotonic() + self._timeout
-        while True:
-            try:
-                connection.execute("PRAGMA journal_mode = WAL")
-            except sqlite3.OperationalError as error:
-                if code_of(error) != 5 or time.monotonic() > end:
-                    raise
-                time.sleep(0.01)
-            else:
-                return
+        while not _try_wal(connection, patient=time.monotonic() < end):
+            time.sleep(0.01)
 
     def _open_read_only(self) -> sqlite3.Connection:
         name = "file:" + self.path.replace("%", "%25").replace("?", "%3f").replace("#", "%23")
@@ -251,7 +248,8 @@ class SQLiteLogStore:
                     relation, origin_id, origin_hash,
                 ),
             ).lastrowid  # fmt: skip
-            db.executemany(_INSERT, [(n, e.index, bytes.fromhex(e.hash), e.data) for e in entries])
+            assert n is not None
+            db.executemany(_INSERT, [(n * ROOM + e.index, bytes.fromhex(e.hash), e.data) for e in entries])
 
     def append(self, session_id: str, entries: Sequence[StoredEntry]) -> None:
         """Add entries (:meth:`LogStore.append`)."""
@@ -268,7 +266,7 @@ class SQLiteLogStore:
                 raise moved(session_id, entries[0].prev_hash, head)
             require_chain(entries, n_entries, head)
             last = entries[-1]
-            rows = [(n, e.index, bytes.fromhex(e.hash), e.data) for e in entries]
+            rows = [(n * ROOM + e.index, bytes.fromhex(e.hash), e.data) for e in entries]
             if len(rows) == 1:
                 db.execute(_INSERT, rows[0])
             else:
@@ -296,20 +294,35 @@ class SQLiteLogStore:
     def head(self, session_id: str) -> Head:
         """Where a log ends (:meth:`LogStore.head`)."""
         n_entries, head = self._session(session_id, "n_entries, head")
-        return Head(n_entries, _hex(head))
+        return Head(self._whole(n_entries), _hex(head))
+
+    def _whole(self, value: Any) -> int:
+        """A number as it was written; SQLite would take anything in its place, and give it back."""
+        if type(value) is not int or not 0 <= value <= ROOM:
+            raise CorruptStateError(
+                f"{self.path!r} is damaged: {value!r:.40} is no number of entries",
+                path=self.path,
+                reason="no number",
+                section="sessions",
+                path=self.path,
+                reason="no count",
+                section="sessions",
+            )
+        return value
 
     def read(self, session_id: str, start: int = 0, stop: int | None = None) -> list[StoredEntry]:
         """Entries (:meth:`LogStore.read`)."""
         (n,) = self._session(session_id)
-        end = 2**63 - 1 if stop is None else stop
+        start, end = max(start, 0), ROOM if stop is None else min(stop, ROOM)
         # one more, for its hash
         rows = self._rows(
-            "SELECT i, hash, data FROM entries WHERE session = ? AND i >= ? AND i < ? ORDER BY i", (n, start - 1, end)
+            "SELECT place, hash, data FROM entries WHERE place >= ? AND place < ? ORDER BY place",
+            (n * ROOM + max(start - 1, 0), n * ROOM + end),
         )
         entries, prev = [], None
-        for i, found, data in rows:
+        for place, found, data in rows:
             text = found.hex() if type(found) is bytes else _hex(found)
-            if i >= start:
+            if (i := place - n * ROOM) >= start:
                 entries.append(StoredEntry(i, text, prev, data if type(data) is bytes else b""))
             prev = text
         return entries
@@ -321,8 +334,11 @@ class SQLiteLogStore:
             blob = bytes.fromhex(entry_hash)
         except (ValueError, TypeError):
             return None
-        rows = self._rows("SELECT i FROM entries WHERE session = ? AND hash = ? LIMIT 1", (n, blob))
-        return rows[0][0] if rows else None
+        rows = self._rows(
+            "SELECT place FROM entries WHERE place >= ? AND place < ? AND hash = ? LIMIT 1",
+            (n * ROOM, (n + 1) * ROOM, blob),
+        )
+        return rows[0][0] - n * ROOM if rows else None
 
     def sessions(self, *, limit: int | None = None, before: str | None = None) -> list[LogInfo]:
         """Sessions, newest first (:meth:`LogStore.sessions`)."""
@@ -367,6 +383,16 @@ class SQLiteLogStore:
 
 #: Connections of the process that this one was forked from: kept, since letting go would close them.
 _abandoned: list[sqlite3.Connection] = []
+
+
+def _try_wal(connection: sqlite3.Connection, *, patient: bool) -> bool:
+    try:
+        connection.execute("PRAGMA journal_mode = WAL")
+    except sqlite3.OperationalError as error:
+        if code_of(error) != BUSY or not patient:
+            raise
+        return False
+    return True
 
 
 def _check_header(path: str) -> None:
