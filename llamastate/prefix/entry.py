@@ -76,8 +76,6 @@ class Entry:
         The whole of it.
     bounds : tuple of (int, int)
         Offset and length of tokens, rows, partial, logits.
-    sealed : bool
-        Whether the checksums in the image are filled in.
     """
 
     kind: Kind
@@ -98,6 +96,11 @@ class Entry:
     def end(self) -> int:
         """How many tokens a sequence holds that this entry ends."""
         return self.start + self.tail
+
+    @property
+    def sealed(self) -> bool:
+        """Whether the checksums in the image are filled in."""
+        return bool(self.image[_CHECKED : _CHECKED + 16].any())
 
     def _section(self, i: int) -> npt.NDArray[np.uint8]:
         at, length = self.bounds[i]

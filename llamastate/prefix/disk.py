@@ -1,0 +1,605 @@
+"""Entries on disk, shared by any number of processes.
+
+What must stay true, whoever dies wherever: a file comes before its row and goes after it, so that the worst that is
+left is a file without a row (found by :meth:`DiskTier.gc`) or a row without a file (found by whoever wants to read it).
+Whether a file may go is decided in a transaction that nobody can add its row beside. No file is believed: every byte is
+verified whenever it is read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sqlite3
+import threading
+import time
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from llamastate.errors import (
+    BadMagicError,
+    ClosedError,
+    CorruptStateError,
+    InvalidArgumentError,
+    LlamaStateError,
+    LoadError,
+    SaveError,
+    StoreFullError,
+    StoreLockedError,
+    VersionMismatchError,
+)
+from llamastate.prefix.database import holding, now
+from llamastate.prefix.entry import Entry, seal
+from llamastate.prefix.folder import Folder, Identity, row_of
+from llamastate.prefix.index import Index, Root, Row
+
+__all__ = ["Damaged", "DiskStats", "DiskTier", "Reclaimed"]
+
+T = TypeVar("T")
+
+#: What is left of ``disk_bytes`` after an eviction: the next few puts find room.
+FILL = 0.95
+#: Seconds, and keys, for which what was used is kept in memory before it is written.
+TOUCH_SECONDS = 5.0
+TOUCH_KEYS = 1 << 16
+
+_alive: weakref.WeakSet[DiskTier] = weakref.WeakSet()
+
+
+@dataclass(frozen=True)
+class DiskStats:
+    """What a store holds on disk, and what this process did there.
+
+    Attributes
+    ----------
+    blocks, anchors, bytes, anchor_bytes, pinned_bytes : int
+        Of all processes.
+    limit : int or None
+        ``disk_bytes``.
+    hits, reads : int
+        Entries that were there, of those that were asked for.
+    read_bytes, writes, written_bytes, evictions, evicted_bytes, damaged, rebuilt : int
+        ``rebuilt`` counts how often the index was made anew.
+    """
+
+    blocks: int
+    anchors: int
+    bytes: int
+    anchor_bytes: int
+    pinned_bytes: int
+    limit: int | None
+    hits: int
+    reads: int
+    read_bytes: int
+    writes: int
+    written_bytes: int
+    evictions: int
+    evicted_bytes: int
+    damaged: int
+    rebuilt: int
+
+    @property
+    def entries(self) -> int:
+        """Blocks and anchors."""
+        return self.blocks + self.anchors
+
+
+@dataclass(frozen=True)
+class Damaged:
+    """An entry that cannot be read, and why."""
+
+    key: bytes
+    path: str
+    nbytes: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Reclaimed:
+    """What :meth:`DiskTier.gc` has mended.
+
+    Attributes
+    ----------
+    adopted : int
+        Sound files that had no row.
+    lost : int
+        Rows that had no file.
+    damaged : int
+        Files that had no row, or another length than their row says, and were not sound either.
+    temporary, folders : int
+        Files that dead writers have left; empty folders.
+    nbytes : int
+        Bytes of files that were removed.
+    """
+
+    adopted: int
+    lost: int
+    damaged: int
+    temporary: int
+    folders: int
+    nbytes: int
+
+
+@dataclass
+class _Counters:
+    hits: int = 0
+    reads: int = 0
+    read_bytes: int = 0
+    writes: int = 0
+    written_bytes: int = 0
+    evictions: int = 0
+    evicted_bytes: int = 0
+    damaged: int = 0
+
+
+class DiskTier:
+    """Entries in a folder, each in a file of its own, under an index that can be made anew from them.
+
+    Parameters
+    ----------
+    path : path-like
+        Made if it is not there.
+    disk_bytes : int, optional
+        What all entries may take. What was not of use for longest goes for new ones; several processes that put at the
+        same moment may go past it by what they put.
+    anchor_share : float
+        While anchors take more than this part of all bytes, they go first; in ``(0, 1]``.
+    durable : bool
+        Wait for the disk at every entry. Without it a power cut may take the last entries, or tear one, which its
+        checksums tell: it is as if it had never been there. A process that is killed loses nothing either way.
+
+    Raises
+    ------
+    VersionMismatchError
+        A store of a newer version; it is left as it is.
+    SaveError
+        The folder cannot be made, read or written.
+    CorruptStateError
+        ``store.json`` cannot be understood.
+
+    Notes
+    -----
+    Safe to use from several threads and processes, and after ``fork()``. Readers wait for nobody, except while a lost
+    or damaged index is made anew: 256 bytes of every file are read then. Such an index has no pins.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        disk_bytes: int | None = None,
+        anchor_share: float = 0.5,
+        durable: bool = False,
+    ) -> None:
+        if not 0 < anchor_share <= 1:
+            raise InvalidArgumentError(
+                f"anchor_share = {anchor_share} is not in (0, 1]", name="anchor_share", value=anchor_share, limit=(0, 1)
+            )
+        if disk_bytes is not None and disk_bytes < 0:
+            raise InvalidArgumentError(
+                f"disk_bytes = {disk_bytes} is below 0", name="disk_bytes", value=disk_bytes, limit=0
+            )
+        self.disk_bytes = disk_bytes
+        self.anchor_share = anchor_share
+        self._closed = False
+        self._warned = False
+        self._counters = _Counters()
+        self._reset()
+        try:
+            self.path = os.path.realpath(os.fsdecode(path))
+            self._folder = Folder(self.path, durable=durable)
+            self._index = Index(
+                os.path.join(self.path, "index.sqlite"), lambda: (self._folder.roots(), self._folder.rows())
+            )
+        except (OSError, TypeError, ValueError, sqlite3.Error) as error:
+            if isinstance(error, LlamaStateError):
+                raise
+            raise SaveError(f"cannot open the store {path!r}: {error}", path=str(path), reason=str(error)) from error
+        _alive.add(self)
+
+    def _reset(self) -> None:
+        self._lock = threading.Lock()
+        #: What was used, and when, that the index does not know yet.
+        self._used: dict[bytes, int] = {}
+        self._written = time.monotonic()
+
+    # --- looking ------------------------------------------------------------------------------------------------------
+
+    def known(self, keys: Sequence[bytes]) -> set[bytes]:
+        """Which of these are there. One query: about 3 µs a key in an index of a million."""
+        return self._quietly(lambda: self._index.known(keys), set())
+
+    def tails(self, parent: bytes) -> list[int]:
+        """How many tokens after ``parent`` there are anchors, descending, each once."""
+        return self._quietly(lambda: self._index.tails(parent), [])
+
+    def get(self, key: bytes) -> Entry | None:
+        """The entry, read into memory of its own and verified; None if it is not there, or damaged and so dropped now.
+
+        Notes
+        -----
+        Reads every byte twice, once from the disk's cache. The index is not asked.
+        """
+        self._check_open()
+        entry = None
+        seen = self._folder.identity(key)
+        try:
+            entry = self._folder.read(key)
+        except VersionMismatchError:
+            pass  # of a newer package, which shares this folder
+        except FileNotFoundError:
+            self._quietly(lambda: self._forget_lost(key), None)
+        except (BadMagicError, CorruptStateError):
+            self._count(damaged=1)
+            self._quietly(lambda: self._remove(key, self._unchanged(key, seen)), False)
+        except OSError as error:
+            self._warn(error)
+        self._count(reads=1, hits=int(entry is not None), read_bytes=0 if entry is None else entry.nbytes)
+        return entry
+
+    def entries(self, root: bytes | None = None) -> Iterator[Row]:
+        """Rows of all entries, or of those of one root; from the index only.
+
+        Yields
+        ------
+        Row
+        """
+        return self._index.rows(root)
+
+    def roots(self) -> list[Root]:
+        """What has been put, by model and size of blocks, the oldest first."""
+        return self._index.roots()
+
+    def stats(self) -> DiskStats:
+        """What is there, and what this process has done. Looks at one row."""
+        totals = self._index.totals()
+        with self._lock:
+            return DiskStats(
+                **vars(totals), limit=self.disk_bytes, **vars(self._counters), rebuilt=self._index.database.refilled
+            )
+
+    # --- putting in ---------------------------------------------------------------------------------------------------
+
+    def put(self, entry: Entry) -> bool:
+        """Write an entry, sealed before if need be; False if it was there already.
+
+        Raises
+        ------
+        StoreFullError
+            There is no room, and none can be made; or the disk does not take it. Nothing is left of it then.
+
+        Notes
+        -----
+        Writes its bytes once, and about 20 kB to the index.
+        """
+        self._check_open()
+        try:
+            return self._put(entry)
+        except StoreFullError:
+            raise
+        except (OSError, sqlite3.Error, StoreLockedError) as error:
+            raise self._full(entry, error) from error
+
+    def _put(self, entry: Entry) -> bool:
+        key = entry.key
+        if self._index.known([key]) and self._folder.identity(key) is not None:
+            self.touch([key])
+            return False
+        if not entry.sealed:
+            seal(entry)
+        self._make_room(entry)
+        self._folder.write(entry)
+        try:
+            new = self._index.add(row_of(entry, now()), lambda: self._still_there(entry))
+        except BaseException:
+            with contextlib.suppress(LlamaStateError, sqlite3.Error):
+                self._index.without_row([key], self._folder.unlink)
+            raise
+        self._use([entry.parent])
+        if new:
+            self._count(writes=1, written_bytes=entry.nbytes)
+        return new
+
+    def _still_there(self, entry: Entry) -> None:
+        # Between the file and its row another process may have done away with a file of that name that it had evicted.
+        if self._folder.identity(entry.key) is None:
+            self._folder.write(entry)
+
+    def _full(self, entry: Entry, error: Exception) -> StoreFullError:
+        available = None
+        with contextlib.suppress(OSError):
+            status = os.statvfs(self.path)
+            available = status.f_bavail * status.f_frsize
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        return StoreFullError(
+            f"{self.path!r} takes no {entry.nbytes} bytes more: {reason}",
+            path=self.path,
+            needed=entry.nbytes,
+            available=available,
+        )
+
+    def add_root(self, root: bytes, fingerprint: str, block_tokens: int, kind: str = "") -> None:
+        """Say what a root stands for: for listings. What cannot be written is left out.
+
+        Parameters
+        ----------
+        root : bytes
+        fingerprint : str
+            JSON.
+        block_tokens : int
+        kind : str
+            Of memory.
+        """
+
+        def work() -> None:
+            if any(known.root == root and known.fingerprint for known in self._index.roots()):
+                return
+            new = Root(root, fingerprint, block_tokens, kind, now())
+            self._folder.write_root(new)
+            self._index.add_root(new)
+
+        self._quietly(work, None)
+
+    def touch(self, keys: Iterable[bytes]) -> None:
+        """These, and all that they stand on, were of use just now. Remembered, and written every few seconds."""
+        self._use(keys)
+        with self._lock:
+            due = time.monotonic() > self._written + TOUCH_SECONDS or len(self._used) > TOUCH_KEYS
+        if due:
+            with contextlib.suppress(StoreLockedError):  # somebody is writing: later, then
+                self._quietly(lambda: self._write_touches(wait=False), None, passing=(StoreLockedError,))
+
+    def _use(self, keys: Iterable[bytes]) -> None:
+        stamp = now()
+        with self._lock:
+            self._used.update(dict.fromkeys(keys, stamp))
+
+    def _write_touches(self, *, wait: bool) -> None:
+        with self._lock:
+            used, self._used = self._used, {}
+            self._written = time.monotonic()
+        try:
+            self._index.touch(used, wait=wait)
+        except BaseException:
+            with self._lock:
+                self._used = {**used, **self._used}
+            raise
+
+    # --- letting go ---------------------------------------------------------------------------------------------------
+
+    def pin(self, keys: Iterable[bytes]) -> int:
+        """Never evict these, until as many :meth:`unpin`, here or in another process; how many of them are there."""
+        return self._index.pin(keys, 1)
+
+    def unpin(self, keys: Iterable[bytes]) -> int:
+        """Take one :meth:`pin` back; how many of them are there."""
+        return self._index.pin(keys, -1)
+
+    def evict(self, n_bytes: int) -> int:
+        """Let so many bytes go, or a little more; less if all that is left is pinned.
+
+        Returns
+        -------
+        int
+            Bytes freed.
+        """
+        if n_bytes < 0:
+            raise InvalidArgumentError(f"n_bytes = {n_bytes} is below 0", name="n_bytes", value=n_bytes, limit=0)
+        return self._evict(n_bytes, None)
+
+    def _evict(self, n_bytes: int, spare: bytes | None) -> int:
+        self._write_touches(wait=True)
+        freed = 0
+        while freed < n_bytes:
+            gone = self._index.evict(n_bytes - freed, anchor_share=self.anchor_share, spare=spare)
+            if not gone:
+                break
+            # Rows first. Whoever has put one of them again meanwhile keeps his file.
+            self._index.without_row([key for key, _ in gone], self._folder.unlink)
+            size = sum(nbytes for _, nbytes in gone)
+            freed += size
+            self._count(evictions=len(gone), evicted_bytes=size)
+        return freed
+
+    def _make_room(self, entry: Entry) -> None:
+        if self.disk_bytes is None:
+            return
+        totals = self._index.totals()
+        excess = totals.bytes + entry.nbytes - self.disk_bytes
+        if excess <= 0:
+            return
+        available = self.disk_bytes - totals.pinned_bytes
+        if entry.nbytes <= available:
+            # what it stands on stays: without it nobody would find it
+            self._evict(excess + int((1 - FILL) * self.disk_bytes), entry.parent)
+            available = self.disk_bytes - self._index.totals().bytes
+        if entry.nbytes > available:
+            raise StoreFullError(
+                f"no room for {entry.nbytes} bytes in {self.path!r}: "
+                f"{max(0, available)} of {self.disk_bytes} can be had",
+                path=self.path,
+                needed=entry.nbytes,
+                available=max(0, available),
+            )
+
+    def drop(self, key: bytes) -> bool:
+        """Remove an entry, pinned or not; whether it was there."""
+        return self._remove(key, lambda: True)
+
+    def _remove(self, key: bytes, check: Callable[[], bool]) -> bool:
+        """Row first, then the file, if ``check()`` holds for each."""
+        gone = self._index.remove([key], lambda _: check())
+        there = self._folder.identity(key) is not None
+        self._index.without_row([key], lambda _: self._folder.unlink(key) if check() else None)
+        return bool(gone) or there
+
+    def _unchanged(self, key: bytes, seen: Identity | None) -> Callable[[], bool]:
+        """Whether the file is still the one that was found damaged, and not a sound one in its place."""
+        return lambda: self._folder.identity(key) == seen
+
+    def _forget_lost(self, key: bytes) -> None:
+        if self._index.known([key]):
+            self._index.remove([key], lambda k: self._folder.identity(k) is None)
+
+    # --- keeping house ------------------------------------------------------------------------------------------------
+
+    def verify(self, *, drop: bool = True) -> list[Damaged]:
+        """Read every file and check every byte.
+
+        Parameters
+        ----------
+        drop : bool
+            Remove what is damaged.
+
+        Returns
+        -------
+        list of Damaged
+            Files of newer versions are not; rows whose file is gone are.
+        """
+        found = []
+        for row in self._index.rows():
+            seen = self._folder.identity(row.key)
+            try:
+                self._folder.read(row.key)
+            except VersionMismatchError:
+                continue
+            except (LoadError, OSError) as error:
+                if not self._index.known([row.key]):
+                    continue  # evicted since
+                reason = (error.reason if isinstance(error, LoadError) else error.strerror) or str(error)
+                found.append(Damaged(row.key, self._folder.file(row.key), row.nbytes, reason))
+                if drop:
+                    self._remove(row.key, self._unchanged(row.key, seen))
+        self._count(damaged=len(found))
+        return found
+
+    def gc(self) -> Reclaimed:
+        """Mend what crashes have left: see :class:`Reclaimed`. Others go on meanwhile; a second caller waits.
+
+        Notes
+        -----
+        Lists all files. Reads those that have no row.
+        """
+        self._check_open()
+        self._write_touches(wait=True)
+        with holding(os.path.join(self.path, "gc.lock")):
+            counts = dict.fromkeys(("adopted", "lost", "damaged", "temporary", "folders", "nbytes"), 0)
+            for path in [*self._folder.litter(), self._index.database.path + ".damaged"]:
+                counts["nbytes"] += _unlink(path, counts)
+            for first in range(256):
+                self._tidy(first, counts)
+        return Reclaimed(**counts)
+
+    def _tidy(self, first: int, counts: dict[str, int]) -> None:
+        # Files before rows: a row whose file was not listed may be new, and is looked at again.
+        bucket = self._folder.bucket(first)
+        sizes = self._index.sizes(first)
+        for key, size in bucket.files.items():
+            if sizes.get(key) != size:
+                self._adopt(key, size, key in sizes, counts)
+        lost = [key for key in sizes if key not in bucket.files]
+        if lost:
+            counts["lost"] += len(self._index.remove(lost, lambda key: self._folder.identity(key) is None))
+        for path in bucket.litter:
+            counts["nbytes"] += _unlink(path, counts)
+        with contextlib.suppress(OSError):
+            os.rmdir(bucket.path)  # refused unless it is empty
+            counts["folders"] += 1
+
+    def _adopt(self, key: bytes, size: int, has_row: bool, counts: dict[str, int]) -> None:
+        """Give a file its row, or do away with it."""
+        seen = self._folder.identity(key)
+        try:
+            entry = self._folder.read(key)
+        except (VersionMismatchError, OSError):
+            return
+        except (BadMagicError, CorruptStateError):
+            self._remove(key, self._unchanged(key, seen))
+            counts["damaged"] += 1
+            counts["nbytes"] += size
+            return
+        if has_row:
+            self._index.remove([key])
+
+        def check() -> None:
+            if self._folder.identity(key) is None:
+                raise FileNotFoundError
+
+        with contextlib.suppress(FileNotFoundError):
+            counts["adopted"] += self._index.add(row_of(entry, seen[1] // 1000 if seen else now()), check)
+
+    def rebuild(self) -> None:
+        """Make the index anew from the files. Pins are kept if the old one can be read. Others wait meanwhile."""
+        pins: dict[bytes, int] = {}
+        with contextlib.suppress(sqlite3.Error):
+            pins.update((row.key, row.pinned) for row in self._index.rows() if row.pinned)
+        self._index.database.rebuild()
+        for key, count in pins.items():
+            self._index.pin([key], count)
+
+    def flush(self) -> None:
+        """Write down what was used, and move the index's log into its file."""
+        self._check_open()
+        self._quietly(lambda: self._write_touches(wait=True), None)
+        self._quietly(self._index.database.checkpoint, None)
+
+    def close(self) -> None:
+        """:meth:`flush`, and let go. Idempotent."""
+        if self._closed:
+            return
+        self._quietly(lambda: self._write_touches(wait=True), None)
+        self._closed = True
+        self._index.close()
+
+    def __repr__(self) -> str:
+        return f"<llamastate.prefix.DiskTier {self.path!r}>"
+
+    # --- helpers ------------------------------------------------------------------------------------------------------
+
+    def _quietly(self, work: Callable[[], T], otherwise: T, *, passing: tuple[type[Exception], ...] = ()) -> T:
+        """What must not fail because of the disk: a store that cannot be read is an empty one."""
+        self._check_open()
+        try:
+            return work()
+        except passing:
+            raise
+        except (sqlite3.Error, OSError, StoreLockedError) as error:
+            self._warn(error)
+            return otherwise
+
+    def _warn(self, error: Exception) -> None:
+        with self._lock:
+            if self._warned:
+                return
+            self._warned = True
+        warnings.warn(f"the store {self.path!r} does not work as it should: {error}", RuntimeWarning, stacklevel=4)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError("the store is closed", what="store")
+
+    def _count(self, **by: int) -> None:
+        with self._lock:
+            for name, n in by.items():
+                setattr(self._counters, name, getattr(self._counters, name) + n)
+
+
+def _unlink(path: str, counts: dict[str, int]) -> int:
+    """Remove a file that nobody misses; how many bytes it had."""
+    with contextlib.suppress(OSError):
+        size = os.stat(path).st_size
+        os.unlink(path)
+        counts["temporary"] += 1
+        return size
+    return 0
+
+
+def _forked() -> None:
+    for tier in list(_alive):
+        tier._reset()
+
+
+os.register_at_fork(after_in_child=_forked)

@@ -1,0 +1,278 @@
+"""The files of a store on disk.
+
+::
+
+    store.json                which version of all this
+    index.sqlite              which entries there are (llamastate.prefix.index); made anew from the files if need be
+    roots/<root>.json         what a root stands for
+    blocks/ab/<key>.llblk     one entry (llamastate.prefix.entry); ab is the first byte of its key
+
+Files are written beside their place and renamed into it, and never change afterwards.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from llamastate.atomic import unfinished, write_atomically
+from llamastate.errors import CorruptStateError, LoadError, VersionMismatchError
+from llamastate.prefix.chain import KEY_BYTES
+from llamastate.prefix.entry import HEADER_BYTES, Entry, read, read_header
+from llamastate.prefix.index import Root, Row
+
+__all__ = ["FORMAT", "SUFFIX", "Bucket", "Folder", "Identity"]
+
+FORMAT = 1
+SUFFIX = ".llblk"
+
+_NAME = re.compile(r"(?P<key>[0-9a-f]{64})\.llblk")
+_TEMPORARY = re.compile(r"\..+\.(?P<pid>\d+)-[0-9a-f]{8}\.tmp", re.DOTALL)
+#: How often a file is begun whose folder, or which itself, somebody else has tidied away meanwhile.
+_TRIES = 3
+
+#: What tells a file from another of the same name.
+Identity = tuple[int, int, int]
+
+
+@dataclass
+class Bucket:
+    """What lies in one folder of blocks: bytes by key, and files of writers that are no more."""
+
+    path: str
+    files: dict[bytes, int] = field(default_factory=dict)
+    litter: list[str] = field(default_factory=list)
+
+
+class Folder:
+    """Where the files of a store are.
+
+    Parameters
+    ----------
+    path : str
+        Made if it is not there.
+    durable : bool
+        Wait for the disk at every file.
+
+    Raises
+    ------
+    VersionMismatchError
+        A store of a newer version; it is left as it is.
+    CorruptStateError
+        ``store.json`` cannot be understood.
+    OSError
+        It cannot be made, read or written.
+    """
+
+    def __init__(self, path: str, *, durable: bool) -> None:
+        self.path = path
+        self.blocks = os.path.join(path, "blocks")
+        self.roots_path = os.path.join(path, "roots")
+        self._durable = durable
+        self._check_format()
+        os.makedirs(self.blocks, exist_ok=True)
+        os.makedirs(self.roots_path, exist_ok=True)
+
+    def _check_format(self) -> None:
+        os.makedirs(self.path, exist_ok=True)
+        path = os.path.join(self.path, "store.json")
+        try:
+            with open(path, "rb") as file:
+                data = file.read(1 << 16)
+        except FileNotFoundError:
+            # durable, whatever the blocks are: nothing else says how to read the rest
+            write_atomically(path, [json.dumps({"format": "llamastate prefix store", "version": FORMAT}).encode()])
+            return
+        try:
+            version = json.loads(data)["version"]
+        except (ValueError, KeyError, TypeError):
+            version = None
+        if not isinstance(version, int):
+            raise CorruptStateError(
+                f"{path!r} does not say of which version this store is", path=path, reason="no version"
+            )
+        if version > FORMAT:
+            raise VersionMismatchError(
+                f"{self.path!r} is a store of version {version}; this package knows {FORMAT}",
+                path=self.path,
+                reason="format version",
+                expected=FORMAT,
+                found=version,
+            )
+
+    # --- entries ------------------------------------------------------------------------------------------------------
+
+    def file(self, key: bytes) -> str:
+        """Where an entry is, or would be."""
+        name = key.hex()
+        return os.path.join(self.blocks, name[:2], name + SUFFIX)
+
+    def read(self, key: bytes) -> Entry:
+        """Read an entry into memory of its own and verify every byte.
+
+        Not mapped: whoever cut the file short under a mapping would end this process.
+
+        Raises
+        ------
+        BadMagicError, CorruptStateError
+            Damaged.
+        VersionMismatchError
+            Of a newer version.
+        OSError
+            It is not there, or cannot be read.
+        """
+        path = self.file(key)
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            return _read(fd, os.fstat(fd).st_size, key)
+        except LoadError as error:
+            error.path = path
+            raise
+        finally:
+            os.close(fd)
+
+    def write(self, entry: Entry) -> None:
+        """Write the file of an entry, in place of what may be there. Raises ``OSError``, and leaves nothing then."""
+        path = self.file(entry.key)
+        for left in reversed(range(_TRIES)):
+            try:
+                os.makedirs(os.path.dirname(path), exist_ok=True)
+                write_atomically(path, [entry.image.data], durable=self._durable)
+                return
+            except FileNotFoundError:  # noqa: PERF203 - tidied away by another process
+                if not left:
+                    raise
+
+    def identity(self, key: bytes) -> Identity | None:
+        """What tells this file from another that takes its place; None if there is none."""
+        try:
+            return _identity(os.stat(self.file(key)))
+        except OSError:
+            return None
+
+    def unlink(self, key: bytes) -> None:
+        """Remove the file of an entry, if there is one."""
+        with contextlib.suppress(OSError):
+            os.unlink(self.file(key))
+
+    def bucket(self, first: int) -> Bucket:
+        """The files of keys that begin with this byte."""
+        bucket = Bucket(os.path.join(self.blocks, f"{first:02x}"))
+        for entry in _scan(bucket.path):
+            match = _NAME.fullmatch(entry.name)
+            if match is not None:
+                with contextlib.suppress(OSError):
+                    bucket.files[bytes.fromhex(match["key"])] = entry.stat().st_size
+            elif _is_litter(entry):
+                bucket.litter.append(entry.path)
+        return bucket
+
+    def litter(self) -> list[str]:
+        """Unfinished files of dead processes that lie outside the blocks."""
+        return [e.path for folder in (self.path, self.roots_path) for e in _scan(folder) if _is_litter(e)]
+
+    def rows(self) -> Iterator[Row]:
+        """Rows for all entries, from their headers; what is damaged is left out.
+
+        Reads 256 bytes of each. What the rest of them holds is verified whenever they are read.
+        """
+        for first in range(256):
+            for key, size in self.bucket(first).files.items():
+                with contextlib.suppress(OSError, LoadError), open(self.file(key), "rb", buffering=0) as file:
+                    entry = read_header(file.read(HEADER_BYTES))
+                    if entry.key == key and sum(entry.bounds[-1]) == size:
+                        yield row_of(entry, os.fstat(file.fileno()).st_mtime_ns // 1000, size)
+
+    # --- roots --------------------------------------------------------------------------------------------------------
+
+    def roots(self) -> Iterator[Root]:
+        """What is known of roots, in the order in which they came."""
+        found = []
+        for entry in _scan(self.roots_path):
+            with contextlib.suppress(OSError, ValueError, TypeError, KeyError), open(entry.path, "rb") as file:
+                fields: dict[str, Any] = json.load(file)
+                found.append(Root(**{**fields, "root": bytes.fromhex(fields["root"])}))
+        return iter(sorted(found, key=lambda root: root.created))
+
+    def write_root(self, root: Root) -> None:
+        """Keep what is known of a root, for an index that is to be made anew."""
+        data = json.dumps({**asdict(root), "root": root.root.hex()}).encode()
+        write_atomically(os.path.join(self.roots_path, root.root.hex() + ".json"), [data], durable=self._durable)
+
+
+def row_of(entry: Entry, used: int, nbytes: int | None = None) -> Row:
+    """The row of an entry."""
+    size = entry.nbytes if nbytes is None else nbytes
+    return Row(entry.key, entry.parent, entry.root, entry.kind, entry.start, entry.tail, size, used)
+
+
+def _read(fd: int, size: int, key: bytes) -> Entry:
+    header = os.pread(fd, HEADER_BYTES, 0)
+    entry = read_header(header)
+    # before memory is taken for what a file only pretends to be
+    if sum(entry.bounds[-1]) != size:
+        raise _damage(f"{size} bytes, not {sum(entry.bounds[-1])}", "end")
+    if entry.key != key:
+        raise _damage("it is another entry", "header")
+    image = np.empty(size, np.uint8)
+    view, at = memoryview(image), 0  # type: ignore[arg-type,unused-ignore]
+    while at < size:
+        n = os.preadv(fd, [view[at:]], at) if hasattr(os, "preadv") else _pread(fd, view[at:], at)
+        if not n:
+            raise _damage(f"it ends after {at} bytes", "end")
+        at += n
+    entry = read(image)
+    if entry.key != key:
+        raise _damage("it is another entry", "header")
+    return entry
+
+
+def _pread(fd: int, view: memoryview, at: int) -> int:
+    data = os.pread(fd, min(len(view), 1 << 20), at)
+    view[: len(data)] = data
+    return len(data)
+
+
+def _damage(reason: str, section: str) -> CorruptStateError:
+    return CorruptStateError(f"damaged block: {reason}", reason=reason, section=section)
+
+
+def _identity(status: os.stat_result) -> Identity:
+    return status.st_ino, status.st_mtime_ns, status.st_size
+
+
+def _scan(path: str) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(path) as entries:
+            return list(entries)
+    except OSError:
+        return []
+
+
+def _is_litter(entry: os.DirEntry[str]) -> bool:
+    """Whether it is a temporary file (:mod:`llamastate.atomic`) whose writer is dead, or this process and done."""
+    match = _TEMPORARY.fullmatch(entry.name)
+    if match is None or entry.path in unfinished:
+        return False
+    pid = int(match["pid"])
+    return pid == os.getpid() or not _is_alive(pid)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        return True
+    return True
+
+
+assert KEY_BYTES == 32  # as the names say
