@@ -202,7 +202,13 @@ def _guarded(function: Any, effect: str) -> Any:
                 handle.unlock_model()
             if effect != "reads":
                 handle.forget_outputs()
-                handle.pending_shift = effect == "shifts" or (handle.pending_shift and effect not in _UPDATES)
+                # of which sequences, and which cells they share now, nobody tells
+                every = frozenset(range(handle.n_seq_max))
+                if effect in _UPDATES:
+                    handle.shifted = frozenset()
+                elif effect == "shifts" or handle.shifted:
+                    handle.shifted = every
+                handle.shared = every
             return result
 
     return call

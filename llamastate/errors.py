@@ -275,10 +275,11 @@ class InvalidFlagsError(StateError, ValueError):
 
 
 class PendingUpdateError(StateError, RuntimeError):
-    """Positions were shifted and llama.cpp has not applied the shift yet; it does at the next decode."""
+    """Positions of ``seq_ids`` were shifted and llama.cpp has not turned the keys yet; it does at the next decode."""
 
-    fields: ClassVar[tuple[str, ...]] = ("operation",)
+    fields: ClassVar[tuple[str, ...]] = ("operation", "seq_ids")
     operation: str | None
+    seq_ids: tuple[int, ...] | None
 
 
 class SaveError(StateError, OSError):

@@ -120,6 +120,7 @@ class Model:
         self._memory_kind = self._find_memory_kind()
         # Schemas of the state of contexts of this model, by the parameters that decide them (llamastate.probe).
         self._schemas: dict[tuple[Any, ...], Schema] = {}
+        self._turns_exactly: dict[tuple[Any, ...], bool] = {}
         lifetimes.models.add(self)
 
     # --- life ---------------------------------------------------------------------------------------------------------

@@ -14,21 +14,28 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llamastate._native import decode, handles, state, vocab
+from llamastate._native import decode, handles, memory, state, vocab
 from llamastate.errors import ContextCreateError, UnsupportedLayoutError
 from llamastate.layout import KVSchema, Limits, Schema, infer_schema
+from llamastate.params import ROPE_FLOATS
 
 if TYPE_CHECKING:
     from llamastate._native.handles import ContextHandle, ModelHandle
     from llamastate.model import Model
 
-__all__ = ["available_memory", "check_memory", "context_limits", "context_schema"]
+__all__ = ["available_memory", "check_memory", "context_limits", "context_schema", "shift_problem"]
 
 #: Context parameters that decide what a blob looks like, apart from the number of streams.
 DECISIVE = ("type_k", "type_v", "flash_attn_type", "offload_kqv", "op_offload", "embeddings", "pooling_type")
+#: And those that decide how its keys are turned.
+ROPE = ("rope_scaling_type", "yarn_orig_ctx", *sorted(ROPE_FLOATS))
 
 #: Architectures whose window does not slide but begins anew every n_swa tokens (LLAMA_SWA_TYPE_CHUNKED).
 CHUNKED = frozenset({"llama4"})
+
+#: ``ggml_type`` of keys that llama.cpp turns without harm: f32 and f16. bf16 ends the process, and so do types of
+#: blocks where heads are not a multiple of 64 channels; where they are, every sequence's keys are rounded anew.
+_TURNED = frozenset({0, 1})
 
 
 def context_schema(model: Model, handle: ContextHandle, params: dict[str, Any]) -> Schema:
@@ -54,6 +61,52 @@ def context_schema(model: Model, handle: ContextHandle, params: dict[str, Any]) 
     n_stream = 1 if params.get("kv_unified", False) else handle.n_seq_max
     parts = tuple(replace(p, n_stream=n_stream) if isinstance(p, KVSchema) else p for p in schema.parts)
     return replace(schema, parts=parts)
+
+
+def shift_problem(model: Model, handle: ContextHandle, schema: Schema, params: dict[str, Any]) -> str | None:
+    """Why llama.cpp cannot turn the keys of one sequence and leave all others as they are; ``None`` if it can.
+
+    It turns every key of the cache, those that were not moved by an angle of nothing. That is exact unless the scale
+    that YaRN puts on the keys is put on once more. Whether it is, is tried: in a scratch context, once for a model and
+    its rope parameters.
+
+    Parameters
+    ----------
+    model : Model
+    handle : ContextHandle
+    schema : Schema
+        That of the context.
+    params : dict
+        What it was made with.
+    """
+    if handle.recurrent:
+        return None
+    types = {entry[0] for part in schema.parts if isinstance(part, KVSchema) for entry in part.k}
+    if types - _TURNED:
+        return "the keys are neither f16 nor f32"
+    decisive = {name: params[name] for name in (*DECISIVE, *ROPE) if name in params}
+    key = tuple(sorted(decisive.items()))
+    if key not in model._turns_exactly:
+        model._turns_exactly[key] = _turns_exactly(handles.handle_model(handle), decisive)
+    return None if model._turns_exactly[key] else "its rope scaling (YaRN) would be applied to every key once more"
+
+
+def _turns_exactly(weights: ModelHandle, decisive: dict[str, Any]) -> bool:
+    small = dict(decisive, n_ctx=2, n_batch=2, n_ubatch=2, n_seq_max=2, n_threads=1, n_threads_batch=1, kv_unified=True)
+    # one cache of all cells: what is asked is not asked of windows alone
+    handle = handles.create_context(weights, dict(small, swa_full=True), raise_if_busy=False)
+    zeros, ones = np.zeros(2, np.int32), np.ones(2, np.int32)
+    try:
+        decode.decode(handle, zeros, zeros, ones, np.arange(2, dtype=np.int32), np.zeros(2, np.int8))
+        before = np.empty(state.seq_get_size(handle, 0, 0), np.uint8)
+        state.seq_get_data_into(handle, before, 0, 0)
+        memory.seq_add(handle, 1, 0, -1, 1)
+        decode.decode(handle, zeros[:1], ones[:1] * 2, ones[:1], ones[:1], np.zeros(1, np.int8))
+        after = np.empty_like(before)
+        state.seq_get_data_into(handle, after, 0, 0)
+    finally:
+        handle.close()
+    return bool((before == after).all())
 
 
 def check_memory(model: Model, params: dict[str, Any]) -> None:

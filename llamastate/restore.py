@@ -28,11 +28,11 @@ __all__ = ["check_base", "copy_sequence", "replace_sequence"]
 
 
 class Room(NamedTuple):
-    """Cells that a sequence could have if it were emptied first, and the state that they were counted in."""
+    """Cells that a sequence could have if it were emptied first, and the context's state if it can be put back."""
 
     base: int
     window: int
-    blob: npt.NDArray[np.uint8]
+    blob: npt.NDArray[np.uint8] | None
 
 
 def check_base(ctx: StateAPI, info: SequenceInfo, dest: int) -> None:
@@ -108,7 +108,7 @@ def replace_sequence(
             raise _not_enough(info.n_cells, max(0, available))
     # Validated, with room for it, and refused all the same: no way to this is known. Where no copy was taken (it would
     # double the cost of every restore) the sequence is empty now, which is better than wrong, and the error says so.
-    lost = room is None and not empty
+    lost = (room is None or room.blob is None) and not empty
     tail = f"; sequence {dest} is empty now" if lost else ""
     raise LoadError(f"llama.cpp refused the state: {problem}{tail}", reason=problem, removed=(dest,) if lost else ())
 
@@ -151,7 +151,7 @@ def copy_sequence(ctx: StateAPI, src: int, dest: int) -> None:
 def _put_back(ctx: StateAPI, dest: int, room: Room | None) -> None:
     """Empty a sequence that is half overwritten, and put the state of before in its place if there is a copy."""
     memory.seq_rm(ctx._handle, dest, -1, -1)
-    if room is not None:
+    if room is not None and room.blob is not None:
         state.set_data(ctx._handle, room.blob)
         ctx._handle.forget_outputs()
 
@@ -202,7 +202,8 @@ def _count_room(ctx: StateAPI, dest: int) -> Room:
     for part, spans in zip(schema.parts, walk_context(blob.data, schema).parts, strict=True):
         if isinstance(part, KVSchema):
             room[part.role] -= sum(_kept(span, part, schema, dest) for span in spans)
-    return Room(room["base"], room["window"], blob)
+    # Where positions were moved and the keys not turned yet, the copy has the one without the other: good for counting
+    return Room(room["base"], room["window"], None if handle.shifted else blob)
 
 
 def _kept(span: Span, part: KVSchema, schema: Schema, dest: int) -> int:

@@ -10,6 +10,7 @@ from llamastate.arrays import Int32Array, as_index
 from llamastate.errors import InvalidPositionError, LlamaStateError
 from llamastate.exactness import can_trim
 from llamastate.params import I32
+from llamastate.probe import shift_problem
 from llamastate.restore import copy_sequence
 from llamastate.state import StateAPI
 
@@ -121,7 +122,7 @@ class SequenceAPI(StateAPI):
                     memory.seq_rm(handle, dst, -1, -1)
                 memory.seq_cp(handle, src, dst, p0, p1)
                 return
-            self._refuse_pending("seq_cp")
+            self._refuse_pending("seq_cp", src)
             if whole:
                 copy_sequence(self, src, dst)
                 return
@@ -162,13 +163,21 @@ class SequenceAPI(StateAPI):
         Raises
         ------
         InvalidPositionError
-            A position would become negative or leave 32 bits, or this model's positions cannot be moved.
+            A position would become negative or leave 32 bits, or this model's positions cannot be moved, or not those
+            of this context: llama.cpp turns keys of f16 and f32 only, and with YaRN it would rescale those of every
+            sequence.
+        PendingUpdateError
+            It shares cells with another sequence, because one was copied to the other after positions were moved and
+            before the next decode.
+        NotEnoughCellsError
+            There is no room for a copy of the cells that it shares. In all three cases nothing has changed.
 
         Notes
         -----
-        The keys are rotated at the next decode; until then the sequence's state cannot be taken
-        (:class:`PendingUpdateError`). What comes of it is an approximation by nature: no decode from scratch would
-        give the same. Cells that the sequence shares with others are copied first.
+        The keys are turned at the next decode, of whatever sequence; until then the state of this one (and of what was
+        copied from it meanwhile) cannot be taken, and neither can the whole context's (:class:`PendingUpdateError`),
+        unless it is emptied or replaced. It may be moved again before. What comes of it is an approximation by nature:
+        no decode from scratch would give the same. Cells that the sequence shares with others are copied first.
         """
         p0, p1 = _range(p0, p1)
         delta = as_index(delta, "delta", InvalidPositionError)
@@ -182,7 +191,7 @@ class SequenceAPI(StateAPI):
                     limit=-low,
                 )
             if high >= low and delta:
-                self._unshare(seq_id)
+                self._unshare("seq_add", seq_id)
                 handle.forget_outputs(seq_id)
                 memory.seq_add(handle, seq_id, p0, p1, delta)
 
@@ -202,7 +211,7 @@ class SequenceAPI(StateAPI):
         with self._handle as handle:
             low, high = self._movable(seq_id, p0, p1)
             if high >= low and d > 1:
-                self._unshare(seq_id)
+                self._unshare("seq_div", seq_id)
                 handle.forget_outputs(seq_id)
                 memory.seq_div(handle, seq_id, p0, p1, d)
 
@@ -214,14 +223,19 @@ class SequenceAPI(StateAPI):
         hollow = any(isinstance(part, layout.KVSchema) and not part.k for part in self.schema.parts)
         if self._handle.m_rope or hollow or not memory.can_shift(self._handle):
             raise InvalidPositionError("this model's positions cannot be moved", reason="no shift", value=(p0, p1))
+        problem = shift_problem(self.model, self._handle, self.schema, self._params)
+        if problem:
+            raise InvalidPositionError(
+                f"positions cannot be moved in this context: {problem}", reason="no shift", value=(p0, p1)
+            )
         return max(0 if self.model.memory_kind == "iswa" else low, p0), high if p1 < 0 else min(high, p1 - 1)
 
-    def _unshare(self, seq_id: int) -> None:
+    def _unshare(self, operation: str, seq_id: int) -> None:
         """Give a sequence cells of its own. Moving the position of a shared cell would move the others' too."""
         shares = self._params.get("kv_unified") or self.model.memory_kind == "recurrent"
-        if not self._handle.shared_cells or not shares or self.n_seq_max == 1:
+        if seq_id not in self._handle.shared or not shares or self.n_seq_max == 1:
             return
-        self._refuse_pending("seq_add")
+        self._refuse_pending(operation, seq_id)
         copy_sequence(self, seq_id, seq_id)
 
     def _free_window(self, seq_ids: Int32Array) -> bool:
@@ -231,11 +245,11 @@ class SequenceAPI(StateAPI):
         copies of a sequence fill the window's cache with the past. A sequence of its own takes none of those along.
         """
         handle = self._handle
-        if not (self.model.n_swa and handle.shared_cells and self._params.get("kv_unified")):
+        if not (self.model.n_swa and handle.shared and self._params.get("kv_unified")):
             return False
         try:
             for seq_id in {int(s) for s in seq_ids}:
-                self._unshare(seq_id)
+                self._unshare("decode", seq_id)
         except LlamaStateError:
             return False  # as full as it says
         return True

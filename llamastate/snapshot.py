@@ -172,9 +172,9 @@ class Snapshot(Exporter):
             items.append((Kind.METADATA, 0, json_section("metadata", metadata)))
         items += checkpoint_sections(list(checkpoints))
         with ctx._handle as handle:
-            ctx._refuse_pending("Snapshot.take")
             state.check(handle, seq_id, 0)
             seq = as_index(seq_id, "seq_id", InvalidArgumentError)
+            ctx._refuse_pending("Snapshot.take", seq)
             _check_step(len(ids), *ctx._span(seq), ctx.schema)
             if logits is not None and row is None:
                 decode.logits_into(handle, handle.last_output(seq), items[2][2])

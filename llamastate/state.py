@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import os
 import struct
-from typing import TYPE_CHECKING, Any
+from operator import index
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import numpy as np
 import numpy.typing as npt
@@ -108,7 +109,7 @@ class StateAPI:
         InvalidBufferError
             Read-only or not contiguous.
         PendingUpdateError
-            Positions were shifted and nothing has been decoded since.
+            Positions of a sequence were shifted and nothing has been decoded since.
 
         Notes
         -----
@@ -249,7 +250,7 @@ class StateAPI:
         BufferTooSmallError, InvalidBufferError, InvalidSequenceError, InvalidFlagsError
             Nothing was written.
         PendingUpdateError
-            Positions were shifted and nothing has been decoded since.
+            Its positions were shifted and nothing has been decoded since. Other sequences are not concerned.
         UnsupportedLayoutError, OnDeviceStateError
             With ``ON_DEVICE``: llama.cpp would lose data (a cache of blocks such as q8_0), or might abort.
 
@@ -258,9 +259,9 @@ class StateAPI:
         Moves every byte once; the GIL is free meanwhile.
         """
         with self._handle as handle:
-            if handle.pending_shift:
-                self._refuse_pending("state_seq_get_data")
             state.check(handle, seq_id, flags)
+            if handle.shifted:
+                self._refuse_pending("state_seq_get_data", seq_id)
             n: int
             if not flags & SeqFlags.ON_DEVICE:
                 n = state.seq_get_data_into(handle, out, seq_id, flags)
@@ -344,7 +345,8 @@ class StateAPI:
         # of the file's own header, which is longer, and write that last: one buffer, no copy.
         start = len(header) - SEQ_HEADER
         with self._handle as handle:
-            self._refuse_pending("state_seq_save_file")
+            state.check(handle, seq_id, 0)
+            self._refuse_pending("state_seq_save_file", seq_id)
             out = np.empty(start + state.seq_get_size(handle, seq_id, 0), np.uint8)
             state.seq_get_data_into(handle, out[start:], seq_id, 0)
         out[: len(header)] = np.frombuffer(header, np.uint8)
@@ -399,12 +401,16 @@ class StateAPI:
     def _span(self, seq_id: int) -> tuple[int, int]:
         return memory.seq_pos_min(self._handle, seq_id), memory.seq_pos_max(self._handle, seq_id)
 
-    def _refuse_pending(self, operation: str) -> None:
+    def _refuse_pending(self, operation: str, seq_id: SupportsIndex | None = None) -> None:
         # The cells already say the new positions, but the K rows are rotated for the old ones: a state taken now would
         # be wrong, and nothing in it would say so.
-        if self._handle.pending_shift:
+        pending = sorted(self._handle.shifted if seq_id is None else self._handle.shifted & {index(seq_id)})
+        if pending:
             raise PendingUpdateError(
-                f"{operation}: positions were shifted; llama.cpp applies that at the next decode", operation=operation
+                f"{operation}: positions of sequence {', '.join(map(str, pending))} were shifted; llama.cpp turns the "
+                "keys at the next decode",
+                operation=operation,
+                seq_ids=tuple(pending),
             )
 
     # --- files --------------------------------------------------------------------------------------------------------

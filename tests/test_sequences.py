@@ -9,7 +9,15 @@ import llama_cpp as lib
 import numpy as np
 import pytest
 
-from llamastate import Batch, Context, InvalidPositionError, NotEnoughCellsError, PendingUpdateError
+from llamastate import (
+    Batch,
+    Context,
+    InvalidPositionError,
+    Model,
+    NoKVSlotError,
+    NotEnoughCellsError,
+    PendingUpdateError,
+)
 from tests import raw, tiny
 from tests.helpers import KINDS, assert_same_logits, context, follow, nmse, tokens
 
@@ -234,6 +242,174 @@ def test_no_state_of_moved_positions_before_the_next_decode(move: str, operation
         assert ctx.state_get_size() == size
         ctx.decode([1], seq_id=2)  # any decode turns them
         PENDING[operation](ctx)
+
+
+#: Kinds with keys that are turned, and what makes a window as long as the cache.
+TURNED: list[tuple[str, dict[str, Any]]] = [("dense", {}), ("iswa", {"swa_full": True}), ("jamba", {}), ("lfm2", {})]
+turned = pytest.mark.parametrize(("kind", "params"), TURNED, ids=[kind for kind, _ in TURNED])
+
+
+@both_pools
+@turned
+def test_only_what_was_moved_has_to_wait(kind: str, params: dict[str, Any], unified: bool):
+    """The keys of others are not touched, neither now nor when the moved ones are turned."""
+    with filled(kind, kv_unified=unified, **params) as ctx:
+        other = ctx.state_seq_get_data(2)
+        ctx.seq_add(0, 0, -1, 3)
+        with pytest.raises(PendingUpdateError) as caught:
+            ctx.state_seq_get_data(0)
+        assert caught.value.seq_ids == (0,)
+        with pytest.raises(PendingUpdateError):
+            ctx.state_get_data()
+        np.testing.assert_array_equal(ctx.state_seq_get_data(2), other)
+        assert ctx.state_seq_get_data(1).nbytes < other.nbytes
+        ctx.seq_cp(2, 3)
+        ctx.decode([1], seq_id=1)
+        np.testing.assert_array_equal(ctx.state_seq_get_data(2), other)
+        assert_same_logits(follow(ctx, 7, 4, seq_id=2)[1], scratch(kind, tokens(25, seed=2)))
+        assert_same_logits(follow(ctx, 7, 4, seq_id=3)[1], scratch(kind, tokens(25, seed=2)))
+
+
+def _remove(ctx: Context, blob: np.ndarray[Any, Any]) -> None:
+    assert ctx.seq_rm(0)
+
+
+def _replace(ctx: Context, blob: np.ndarray[Any, Any]) -> None:
+    ctx.state_seq_set_data(blob, 0)
+
+
+def _keep_other(ctx: Context, blob: np.ndarray[Any, Any]) -> None:
+    ctx.seq_keep(2)
+
+
+def _copy_over(ctx: Context, blob: np.ndarray[Any, Any]) -> None:
+    ctx.seq_cp(2, 0)
+
+
+@pytest.mark.parametrize("end", [_remove, _replace, _keep_other, _copy_over])
+@both_pools
+@turned
+def test_what_was_moved_and_is_gone_is_not_waited_for(kind: str, params: dict[str, Any], unified: bool, end: Any):
+    """llama.cpp still turns all keys at the next decode, but those that took the cells by an angle of nothing."""
+    with filled(kind, kv_unified=unified, **params) as ctx:
+        blob, other = ctx.state_seq_get_data(0), ctx.state_seq_get_data(2)
+        ctx.seq_add(0, 10, -1, 3)
+        end(ctx, blob)
+        whole = ctx.state_get_data()
+        np.testing.assert_array_equal(ctx.state_seq_get_data(2), other)
+        found = follow(ctx, 7, 4, seq_id=0)[1]
+        texts = {_replace: TEXT, _copy_over: tokens(25, seed=2)}
+        assert_same_logits(found, scratch(kind, texts[end]) if end in texts else _from_nothing(kind))
+        with context(kind, n_seq_max=4, kv_unified=unified, **params) as fresh:
+            fresh.state_set_data(whole)
+            assert_same_logits(follow(fresh, 7, 4, seq_id=0)[1], found)
+        assert_same_logits(follow(ctx, 7, 4, seq_id=2)[1], scratch(kind, tokens(25, seed=2)))
+
+
+def test_emptying_the_original_does_not_turn_its_copy():
+    with filled("dense") as ctx:
+        ctx.seq_add(0, 0, -1, 3)
+        ctx.seq_cp(0, 1)
+        ctx.seq_rm(0)
+        with pytest.raises(PendingUpdateError) as caught:
+            ctx.state_seq_get_data(1)
+        assert caught.value.seq_ids == (1,)
+        ctx.decode([1], seq_id=2)
+        ctx.state_seq_get_data(1)
+        assert nmse(follow(ctx, 7, 4, seq_id=1)[1], scratch("dense", TEXT)) < 1e-5
+
+
+def test_recurrent_states_have_no_keys_to_wait_for():
+    with filled("mamba") as ctx:
+        ctx.seq_add(0, 0, -1, 3)
+        blob = ctx.state_seq_get_data(0)
+        with context("mamba", n_seq_max=4) as fresh:
+            fresh.state_seq_set_data(blob, 0)
+            assert fresh.seq_pos_max(0) == len(TEXT) + 2
+            assert_same_logits(follow(fresh, 7, 4, seq_id=0)[1], scratch("mamba", TEXT))
+
+
+def test_a_decode_without_room_turns_the_keys_too():
+    with context("dense", n_ctx=256, n_seq_max=2) as ctx, context("dense", n_ctx=256, n_seq_max=2) as other:
+        for each in (ctx, other):
+            each.decode(tokens(200), seq_id=0)
+            each.seq_add(0, 0, -1, 5)
+        with pytest.raises(NoKVSlotError):
+            ctx.decode(tokens(60), seq_id=1)
+        other.decode([1], seq_id=1)
+        np.testing.assert_array_equal(ctx.state_seq_get_data(0), other.state_seq_get_data(0))
+
+
+@turned
+def test_moved_twice_before_a_decode(kind: str, params: dict[str, Any]):
+    """Of a copy too: it has its own cells after the first move."""
+    with filled(kind, **params) as ctx, filled(kind, **params) as once:
+        for each in (ctx, once):
+            each.seq_cp(0, 1)
+        ctx.seq_add(1, 0, -1, 4)
+        ctx.seq_add(1, 0, -1, 5)
+        once.seq_add(1, 0, -1, 9)
+        np.testing.assert_array_equal(follow(ctx, 7, 4, seq_id=1)[1], follow(once, 7, 4, seq_id=1)[1])
+        assert_same_logits(follow(ctx, 7, 4, seq_id=0)[1], scratch(kind, TEXT))
+
+
+@pytest.mark.parametrize("operation", ["seq_add", "seq_div"])
+def test_moving_what_was_copied_while_it_waited(operation: str):
+    """Its cells would have to be copied, and half of that is still to come: it says who asked."""
+    with filled("dense") as ctx:
+        ctx.seq_add(0, 0, -1, 4)
+        ctx.seq_cp(0, 1)
+        spans = [(ctx.seq_pos_min(seq), ctx.seq_pos_max(seq)) for seq in range(4)]
+        with pytest.raises(PendingUpdateError) as caught:
+            getattr(ctx, operation)(1, 10, -1, 2)
+        assert (caught.value.operation, caught.value.seq_ids) == (operation, (1,))
+        assert [(ctx.seq_pos_min(seq), ctx.seq_pos_max(seq)) for seq in range(4)] == spans
+        ctx.decode([1], seq_id=2)
+        getattr(ctx, operation)(1, 10, -1, 2)
+        assert nmse(follow(ctx, 7, 4, seq_id=0)[1], scratch("dense", TEXT)) < 1e-5
+
+
+def test_cells_that_a_state_of_the_whole_context_shares():
+    with filled("dense") as ctx, context("dense", n_seq_max=4) as fresh:
+        ctx.seq_cp(0, 1)
+        fresh.state_set_data(ctx.state_get_data())
+        fresh.seq_add(1, 0, -1, 5)
+        assert (fresh.seq_pos_min(0), fresh.seq_pos_max(0)) == (0, len(TEXT) - 1)
+        assert_same_logits(follow(fresh, 7, 4, seq_id=0)[1], scratch("dense", TEXT))
+
+
+UNTURNED = [
+    *({"type_k": type_k} for type_k in ("bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "iq4_nl")),
+    {"rope_scaling_type": "yarn", "rope_freq_scale": 0.25},
+    {"yarn_attn_factor": 1.5},
+]
+
+
+@pytest.mark.parametrize("params", UNTURNED, ids=str)
+def test_keys_that_llama_cpp_cannot_turn(params: dict[str, Any]):
+    """It would end the process, or scale the keys of every sequence."""
+    # a model of its own: YaRN changes what llama.cpp says of it
+    with Model(tiny.path("dense")) as own, context(own, n_seq_max=4, n_ctx=1024, **params) as ctx:
+        ctx.decode(TEXT)
+        ctx.decode(TEXT, seq_id=1)
+        before = ctx.state_get_data()
+        for move in (lambda: ctx.seq_add(0, 0, -1, 2), lambda: ctx.seq_div(0, 0, -1, 2)):
+            with pytest.raises(InvalidPositionError) as caught:
+                move()
+            assert caught.value.reason == "no shift"
+        np.testing.assert_array_equal(ctx.state_get_data(), before)
+
+
+def test_keys_that_are_scaled_by_nothing():
+    """Rope parameters alone forbid nothing."""
+    params = {"rope_freq_base": 5000.0, "rope_freq_scale": 0.5}
+    with Model(tiny.path("dense")) as own, context(own, n_seq_max=4, n_ctx=1024, **params) as ctx:
+        ctx.decode(TEXT)
+        ctx.decode(TEXT, seq_id=2)
+        other = ctx.state_seq_get_data(2)
+        ctx.seq_add(0, 0, -1, 2)
+        ctx.decode([1], seq_id=1)
+        np.testing.assert_array_equal(ctx.state_seq_get_data(2), other)
 
 
 @pytest.mark.parametrize("delta", [-10, 9])

@@ -164,14 +164,16 @@ def decode(ContextHandle h, const int32_t[::1] tokens, const int32_t[::1] pos, c
         except (RuntimeError, MemoryError, IndexError, ValueError) as error:
             raise DecodeError(f"decoding {n} tokens: {error}", code=-3, n_tokens=n) from None
         h.outputs_reserved = max(h.outputs_reserved, n_out)
+        if code >= 0:  # llama.cpp rotates what was moved before it looks for room
+            h.shifted = frozenset()
         if code != 0:
             raise decode_failed(code, n)
-        h.pending_shift = False
         h.outputs.swap(flags)
         h.output_n_seq.assign(&n_seq_id[0], &n_seq_id[0] + n)
         h.output_seqs.assign(&seq_ids[0], &seq_ids[0] + seq_ids.shape[0])
         h.n_outputs = n_out
-        h.shared_cells = h.shared_cells or seq_ids.shape[0] > n
+        if seq_ids.shape[0] > n:
+            h.shared = h.shared.union([seq_ids[i] for i in range(seq_ids.shape[0])])
         return n_out
     finally:
         h.release()

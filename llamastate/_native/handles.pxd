@@ -70,10 +70,13 @@ cdef class ContextHandle(Lockable):
     cdef readonly bint m_rope
     cdef readonly bint causal
     cdef readonly bint embeddings
-    # Positions were shifted (seq_add, seq_div) and the K rows are not rotated yet: llama.cpp does so at the next decode.
-    cdef public bint pending_shift
-    # Some cells may belong to several sequences: moving the positions of one would move the other's.
-    cdef public bint shared_cells
+    # Whether the memory is a recurrent state alone: it has positions, but nothing that is rotated by them.
+    cdef readonly bint recurrent
+    # Sequences with cells whose position was moved (seq_add, seq_div) and whose K rows are not rotated yet: llama.cpp
+    # does so at the next decode. Cells that are emptied or overwritten before that are not rotated.
+    cdef public frozenset shifted
+    # Sequences with cells that others may have too: moving the positions of one would move the other's.
+    cdef public frozenset shared
     # Positions were moved or divided at some time: a sequence may have more cells than its positions span.
     cdef public bint moved_cells
     # What the last decode put out, one byte a batch entry: 0 nothing, 1 an output, 2 an output of a sequence whose

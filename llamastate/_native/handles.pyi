@@ -22,9 +22,11 @@ class ModelHandle:
 @disjoint_base
 class ContextHandle(Lockable):
     def __init__(self, *args: object, **kwargs: object) -> None: ...
-    pending_shift: bool
-    shared_cells: bool
+    shifted: frozenset[int]
+    shared: frozenset[int]
     moved_cells: bool
+    @property
+    def recurrent(self) -> bool: ...
     @property
     def borrowed(self) -> bool: ...
     @property

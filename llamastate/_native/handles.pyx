@@ -379,7 +379,10 @@ cdef ContextHandle _wrap_context(c.llama_context * ptr, _ModelPtr model, bint ra
     h.pooling_type = <int> c.llama_pooling_type(ptr)
     h.m_rope = rope == c.LLAMA_ROPE_TYPE_MROPE or rope == c.LLAMA_ROPE_TYPE_IMROPE
     h.causal = c.llama_get_causal_attn(ptr)
+    h.recurrent = c.llama_model_is_recurrent(m)
     h.outputs_reserved = h.n_seq_max
+    h.shifted = frozenset()
+    h.shared = frozenset()
     h.on_device = {}
     h.device_storage = {}
     h.adapters = ()
@@ -480,7 +483,8 @@ def borrow_context(uintptr_t address, keep, alive, model_alive, *, bint raise_if
     model.ptr = <llama_model *> c.llama_get_model(ptr)
     cdef ContextHandle handle = _wrap_context(ptr, model, raise_if_busy)
     handle.borrowed = True
-    handle.shared_cells = handle.moved_cells = True  # nobody knows what its owner did
+    handle.moved_cells = True  # nobody knows what its owner did
+    handle.shared = frozenset(range(handle.n_seq_max))
     handle._alive = alive
     handle.embeddings = embeddings
     return handle

@@ -34,8 +34,7 @@ def clear(ContextHandle h, bint data):
     try:
         with nogil:
             c.llama_memory_clear(h.mem, data)
-        h.pending_shift = False
-        h.shared_cells = False
+        h.shifted = h.shared = frozenset()
         h.moved_cells = h.borrowed
     finally:
         h.release()
@@ -44,10 +43,15 @@ def clear(ContextHandle h, bint data):
 def seq_rm(ContextHandle h, seq_id, p0, p1):
     """``llama_memory_seq_rm``; its own answer, which is not always the truth."""
     cdef int32_t seq, a, b
+    cdef bint done
     h.enter("seq_rm")
     try:
         seq, a, b = h.seq(seq_id), position("p0", p0), position("p1", p1)
-        return h.mem == NULL or c.llama_memory_seq_rm(h.mem, seq, a, b)
+        done = h.mem == NULL or c.llama_memory_seq_rm(h.mem, seq, a, b)
+        if done and a <= 0 and b < 0:
+            h.shifted = h.shifted - {seq}
+            h.shared = h.shared - {seq}
+        return done
     finally:
         h.release()
 
@@ -58,9 +62,11 @@ def seq_cp(ContextHandle h, src, dst, p0, p1):
     h.enter("seq_cp")
     try:
         s, d, a, b = h.seq(src), h.seq(dst), position("p0", p0), position("p1", p1)
-        if h.mem != NULL:
+        if h.mem != NULL and s != d:
             c.llama_memory_seq_cp(h.mem, s, d, a, b)
-            h.shared_cells = True
+            h.shared = h.shared | {s, d}
+            if s in h.shifted:
+                h.shifted = h.shifted | {d}
     finally:
         h.release()
 
@@ -77,6 +83,13 @@ def seq_keep(ContextHandle h, seq_id):
         h.release()
 
 
+cdef int note_moved(ContextHandle h, int32_t seq) except -1:
+    h.moved_cells = True
+    if not h.recurrent:
+        h.shifted = h.shifted | {seq}
+    return 0
+
+
 def seq_add(ContextHandle h, seq_id, p0, p1, long delta):
     """``llama_memory_seq_add``. The caller has asked :func:`can_shift` and knows that no position goes negative."""
     cdef int32_t seq, a, b
@@ -85,8 +98,7 @@ def seq_add(ContextHandle h, seq_id, p0, p1, long delta):
         seq, a, b = h.seq(seq_id), position("p0", p0), position("p1", p1)
         if h.mem != NULL:
             c.llama_memory_seq_add(h.mem, seq, a, b, <int32_t> delta)
-            h.pending_shift = True
-            h.moved_cells = True
+            note_moved(h, seq)
     finally:
         h.release()
 
@@ -99,8 +111,7 @@ def seq_div(ContextHandle h, seq_id, p0, p1, int d):
         seq, a, b = h.seq(seq_id), position("p0", p0), position("p1", p1)
         if h.mem != NULL:
             c.llama_memory_seq_div(h.mem, seq, a, b, d)
-            h.pending_shift = True
-            h.moved_cells = True
+            note_moved(h, seq)
     finally:
         h.release()
 

@@ -87,7 +87,8 @@ def set_data(ContextHandle h, src):
             log.clear_errors()
             with nogil:
                 n = c.llama_state_set_data(h.ptr, <const uint8_t *> buf.view.buf, <size_t> buf.view.len)
-            h.pending_shift = False
+            h.shifted = frozenset()
+            h.shared = frozenset(range(h.n_seq_max))  # a state brings along which cells were shared
             return n
         finally:
             h.release()

@@ -106,7 +106,7 @@ class RowReader:
 
     def _through_spare(self, spare: int, p0: int, p1: int, out: npt.NDArray[np.uint8]) -> bool:
         handle = self.ctx._handle
-        shared = handle.shared_cells
+        shared = handle.shared
         memory.seq_cp(handle, self.seq_id, spare, p0, p1)
         try:
             n = state.seq_get_size(handle, spare, 0)
@@ -115,7 +115,7 @@ class RowReader:
             state.seq_get_data_into(handle, target, spare, 0)
         finally:
             memory.seq_rm(handle, spare, -1, -1)
-            handle.shared_cells = shared
+            handle.shared = shared
         return self._copy_in_order(target[:n], p0, p1, out)
 
     def _room(self, n: int) -> npt.NDArray[np.uint8]:
@@ -207,7 +207,7 @@ class Placer:
         # what a sequence holds can be put back only if the new state is set in one piece
         if ctx._span(seq_id) == (-1, -1):
             self._spare = spare_sequence(ctx, seq_id)
-        self._shared = ctx._handle.shared_cells
+        self._shared = ctx._handle.shared
         self._pieces: list[SequenceState] = []
         self.n_tokens = 0
 
@@ -260,7 +260,7 @@ class Placer:
         if problem is None:
             memory.seq_cp(handle, spare, self.seq_id, -1, -1)
         memory.seq_rm(handle, spare, -1, -1)
-        handle.shared_cells = self._shared
+        handle.shared = self._shared
         if problem is not None:
             raise NotEnoughCellsError(
                 f"no room for {entry.tail} tokens after {entry.start}: {problem}",
@@ -333,7 +333,7 @@ class Placer:
         if self._spare is not None:
             memory.seq_rm(self.ctx._handle, self.seq_id, -1, -1)
             memory.seq_rm(self.ctx._handle, self._spare, -1, -1)
-            self.ctx._handle.shared_cells = self._shared
+            self.ctx._handle.shared = self._shared
         self._pieces.clear()
         self.n_tokens = 0
 
