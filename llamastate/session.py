@@ -9,10 +9,10 @@ import numpy as np
 import numpy.typing as npt
 
 from llamastate.arrays import Int32Array, TokensLike, as_index, as_tokens
-from llamastate.errors import HistoryError, InvalidSequenceError
+from llamastate.errors import HistoryError, InvalidArgumentError, InvalidSequenceError
 from llamastate.history import Checkpoint, History
 from llamastate.sampler import Sampler
-from llamastate.sessioncore import common_prefix, count
+from llamastate.sessioncore import check_label, common_prefix, count
 from llamastate.sessionio import SessionIO, in_thread
 from llamastate.textstream import TextStream
 
@@ -223,8 +223,8 @@ class Session(SessionIO):
             old = self._tokens
             # A tail that can be trimmed can also be decoded again, should the new one fail; else keep what there is.
             kept = None if self._can_trim(shared) else self._keep()
-            replayed = self._go_back(shared)
             try:
+                replayed = self._go_back(shared)
                 with self._all_or_nothing():
                     self._forget_future()
                     if shared < len(ids):
@@ -232,8 +232,10 @@ class Session(SessionIO):
             except BaseException:
                 if kept is not None:
                     self._put_back(kept)
-                elif shared < len(old):
-                    self._advance(old[shared:])
+                else:
+                    if not self.ctx.seq_rm(self.seq_id, shared, -1):
+                        self.ctx.seq_rm(self.seq_id)
+                    self._take_back(old, None, None)
                 raise
             return SyncResult(shared, replayed, len(ids) - shared)
 
@@ -377,6 +379,7 @@ class Session(SessionIO):
         With full attention it is a number. With a sliding window, a recurrent state or both it copies what cannot be
         trimmed, and the logits.
         """
+        check_label(label)
         with self._lock:
             self._check_step()
             point = Checkpoint(self.n_past, label)
@@ -518,7 +521,10 @@ class Session(SessionIO):
 
 
 def _text_stream(stop: str | Sequence[str]) -> TextStream:
-    return TextStream((stop,) if isinstance(stop, str) and stop else tuple(stop))
+    try:
+        return TextStream((stop,) if isinstance(stop, str) and stop else tuple(stop))
+    except TypeError:
+        raise InvalidArgumentError(f"stop is {type(stop).__name__}", name="stop", value=stop) from None
 
 
 def _never() -> bool:

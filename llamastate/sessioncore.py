@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from llamastate.context import Context
 
-__all__ = ["SessionCore", "common_prefix", "count"]
+__all__ = ["SessionCore", "check_label", "common_prefix", "count"]
 
 
 class Kept(NamedTuple):
@@ -158,29 +158,38 @@ class SessionCore:
     def _take_back(
         self, tokens: Int32Array, logits: npt.NDArray[np.float32] | None, anchor: npt.NDArray[np.uint8] | None
     ) -> None:
-        """Return to the tokens before a decode that failed."""
+        """Return to these tokens after an operation that failed, or that Ctrl-C has ended half-way.
+
+        What the sequence holds begins with them, or they begin with it.
+        """
         n = len(tokens)
         held = self.ctx.seq_pos_max(self.seq_id) + 1
+        if held > n and not self.ctx.seq_rm(self.seq_id, n, -1):
+            if anchor is not None:
+                self.ctx.state_seq_set_data(anchor, self.seq_id, SeqFlags.PARTIAL_ONLY)
+            else:
+                # one decode, that was done when something else failed: rare enough to pay for it then
+                self.ctx.seq_rm(self.seq_id)
+                held = 0
         if held < n:
-            self._rebuild(tokens)  # a fatal error in mid-computation: the context had to drop the sequence
-        elif held > n and not self.ctx.seq_rm(self.seq_id, n, -1):
-            assert anchor is not None, "only what was decoded in one piece goes without an anchor"
-            self.ctx.state_seq_set_data(anchor, self.seq_id, SeqFlags.PARTIAL_ONLY)
+            # trimmed already, or a fatal error in mid-computation: the context had to drop the sequence
+            self._rebuild(tokens, held)
         self._tokens = tokens
         self._has_logits = logits is not None
         if logits is not None:
             self._logits[:] = logits
 
-    def _rebuild(self, tokens: Int32Array) -> None:
-        """Decode everything again, from a checkpoint that holds a whole state if there is one."""
+    def _rebuild(self, tokens: Int32Array, held: int) -> None:
+        """Decode again what comes after the first ``held``, or after a later checkpoint that holds a whole state."""
+        self._tokens, self._has_logits = tokens[:held], False  # should this fail as well, the session is in step
         point = self._history.last_whole(len(tokens))
-        self.ctx.seq_rm(self.seq_id)
-        done = 0
-        if point is not None:
+        if point is not None and point.n_tokens > held:
             self.ctx.state_seq_set_data(point.state, self.seq_id)
-            done = point.n_tokens
-        for at in range(done, len(tokens), self.ctx.n_batch):
-            self.ctx.decode(tokens[at : at + self.ctx.n_batch], seq_id=self.seq_id, logits=None)
+            self._tokens = tokens[: point.n_tokens]
+        while (at := self.n_past) < len(tokens):
+            part = tokens[at : at + self.ctx.n_batch]
+            self.ctx.decode(part, seq_id=self.seq_id, logits=None)
+            self._tokens = tokens[: at + len(part)]
 
     def _need_logits(self) -> int:
         """Have the logits after the last token; how many tokens had to be decoded again for it."""
@@ -195,14 +204,17 @@ class SessionCore:
             self._has_logits = True
             return 0
         tokens = self._tokens
-        kept = None if self._can_trim(n - 1) else self._keep()
-        try:
-            replayed = self._go_back(n - 1)
-            self._advance(tokens[n - 1 :])
-        except BaseException:
-            if kept is not None:
-                self._put_back(kept)
-            raise
+        with self.ctx._handle:  # nobody may take the cell that is given back for a moment
+            kept = None if self._can_trim(n - 1) else self._keep()
+            try:
+                replayed = self._go_back(n - 1)
+                self._advance(tokens[n - 1 :])
+            except BaseException:
+                if kept is not None:
+                    self._put_back(kept)
+                else:
+                    self._take_back(tokens, None, None)
+                raise
         return replayed + 1
 
     # --- checkpoints --------------------------------------------------------------------------------------------------
@@ -242,6 +254,7 @@ class SessionCore:
         if plan.way == "nothing" and not plan.replay:
             return 0
         kept = self._keep() if plan.replay else None
+        before = (self._tokens, self._logits.copy() if self._has_logits else None)
         point = plan.checkpoint
         try:
             if plan.way == "trim":
@@ -263,6 +276,8 @@ class SessionCore:
         except BaseException:
             if kept is not None:
                 self._put_back(kept)
+            else:
+                self._take_back(*before, None)
             raise
         return plan.replay
 
@@ -293,6 +308,16 @@ def count(name: str, value: object) -> int:
     if number < 0:
         raise InvalidArgumentError(f"{name} = {number} is negative", name=name, value=number, limit=0)
     return number
+
+
+def check_label(label: object) -> None:
+    """Refuse what no file could keep: it would only show when the session is saved."""
+    try:
+        if label is None or (isinstance(label, str) and label.encode() is not None):
+            return
+    except UnicodeEncodeError:  # lone surrogates
+        pass
+    raise InvalidArgumentError(f"label = {label!r:.80} is no text", name="label", value=label)
 
 
 def common_prefix(a: Int32Array, b: Int32Array) -> int:

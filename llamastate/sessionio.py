@@ -7,7 +7,11 @@ import os
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from llamastate import sessionfiles
+import numpy as np
+import numpy.typing as npt
+
+from llamastate import layout, sessionfiles
+from llamastate.errors import CorruptStateError, LlamaStateError
 from llamastate.history import Checkpoint
 from llamastate.sampler import Sampler
 from llamastate.sessioncore import SessionCore
@@ -74,13 +78,27 @@ class SessionIO(SessionCore):
         """
         with self._lock:
             self._check_step()
-            self._adopt(snapshot)
+            before = self._tokens
+            try:
+                with self._all_or_nothing():
+                    self._adopt(snapshot)
+            except LlamaStateError:
+                if self.ctx.seq_pos_max(self.seq_id) + 1 != len(before):
+                    self._take_back(before, None, None)
+                raise
+            except BaseException:
+                # Ctrl-C: it may be the old state, the new one, or none
+                self.ctx.seq_rm(self.seq_id)
+                self._take_back(before, None, None)
+                raise
 
     def _adopt(self, snapshot: Snapshot) -> None:
         tokens = snapshot.tokens.copy()
         row = snapshot.logits
+        if row is not None:
+            self._check_row("logits", row)
         # Copies: a session lives on when the file that it came from has long been replaced.
-        points = [_checkpoint(r) for r in snapshot.checkpoints]
+        points = [self._checked(i, _checkpoint(r), len(tokens)) for i, r in enumerate(snapshot.checkpoints)]
         snapshot.restore(self.ctx, self.seq_id)
         self._tokens = tokens
         self._redo = []
@@ -89,6 +107,23 @@ class SessionIO(SessionCore):
         self._has_logits = row is not None
         if row is not None:
             self._logits[:] = row
+
+    def _checked(self, i: int, point: Checkpoint, n_tokens: int) -> Checkpoint:
+        """Refuse a checkpoint that is not what it says: found out on the way back to it, that would be too late."""
+        found = point.n_tokens
+        if point.state is not None:
+            schema = self.ctx.schema
+            partial = point.kind == "partial" and schema.has_partial
+            found = layout.validate_sequence(point.state, schema, self.ctx.limits, partial=partial).pos_max + 1
+        if not found == point.n_tokens <= n_tokens:
+            raise _corrupt(f"checkpoint {i}", f"a state of {found} tokens for {point.n_tokens} of {n_tokens}")
+        if point.logits is not None:
+            self._check_row(f"checkpoint {i}: logits", point.logits)
+        return point
+
+    def _check_row(self, section: str, row: npt.NDArray[np.float32]) -> None:
+        if row.shape != self._logits.shape:
+            raise _corrupt(section, f"{row.size} logits, not {self._logits.size}")
 
     def save(
         self,
@@ -231,6 +266,10 @@ async def in_thread(work: Callable[[Callable[[], bool]], _T]) -> _T:
         cancelled = True
         await asyncio.wait([job])
         raise
+
+
+def _corrupt(section: str, reason: str) -> CorruptStateError:
+    return CorruptStateError(f"damaged snapshot: {section}: {reason}", reason=reason, section=section)
 
 
 def _record(point: Checkpoint) -> CheckpointRecord:

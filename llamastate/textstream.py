@@ -29,6 +29,8 @@ class TextStream:
     """
 
     def __init__(self, stop: Sequence[str] = ()) -> None:
+        if not all(isinstance(s, str) for s in stop):
+            raise InvalidArgumentError("a stop string is no str", name="stop", value=stop)
         if not all(stop):
             raise InvalidArgumentError("a stop string is empty", name="stop", value=stop)
         self._stop = tuple(stop)
