@@ -8,7 +8,8 @@ import errno
 import os
 import secrets
 import sys
-from collections.abc import Iterable
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 __all__ = ["fsync_folder", "write_atomically"]
@@ -33,7 +34,17 @@ def _find_sync_file_range() -> Any:
 _start_writeback = _find_sync_file_range()
 
 
-def write_atomically(path: str | os.PathLike[str], chunks: Iterable[Any], *, durable: bool = True) -> int:
+#: A replaced file of this many bytes takes milliseconds to be given back to the disk.
+_LARGE = 4 << 20
+
+
+def write_atomically(
+    path: str | os.PathLike[str],
+    chunks: Iterable[Any],
+    *,
+    durable: bool = True,
+    head: tuple[int, Callable[[], Any]] | None = None,
+) -> int:
     """Write ``chunks`` to ``path``: a temporary file beside it, fsync, rename, fsync of the folder.
 
     Parameters
@@ -44,6 +55,9 @@ def write_atomically(path: str | os.PathLike[str], chunks: Iterable[Any], *, dur
         Written in order, not copied.
     durable : bool
         Without it nothing waits for the disk; the replacement is atomic all the same, but a power cut may undo it.
+    head : (int, callable), optional
+        How many bytes the file has before ``chunks``, and what gives them when all else has been written: checksums can
+        be computed meanwhile.
 
     Returns
     -------
@@ -68,24 +82,27 @@ def write_atomically(path: str | os.PathLike[str], chunks: Iterable[Any], *, dur
         # rename() would put an ordinary file in the place of a device: the end of /dev/null, for one
         raise OSError(errno.EINVAL, "Not a regular file", target)
     temporary = os.path.join(folder, f".{name[:200]}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    _wait_for_room()
     unfinished.add(temporary)
     try:
-        return _write_and_replace(temporary, target, chunks, durable=durable)
+        # Opened first: once the file is in its place nothing may be left that can be refused.
+        parent = _open_folder(folder) if durable else None
+        try:
+            return _write_through(temporary, target, chunks, parent, head)
+        finally:
+            if parent is not None:
+                os.close(parent)
     finally:
         unfinished.discard(temporary)
 
 
-def _write_and_replace(temporary: str, target: str, chunks: Iterable[Any], *, durable: bool) -> int:
-    # Opened first: once the file is in its place nothing may be left that can be refused.
-    folder = _open_folder(os.path.dirname(target)) if durable else None
-    try:
-        return _write_through(temporary, target, chunks, folder)
-    finally:
-        if folder is not None:
-            os.close(folder)
-
-
-def _write_through(temporary: str, target: str, chunks: Iterable[Any], folder: int | None) -> int:
+def _write_through(
+    temporary: str,
+    target: str,
+    chunks: Iterable[Any],
+    folder: int | None,
+    head: tuple[int, Callable[[], Any]] | None,
+) -> int:
     # O_EXCL: never write through something that somebody planted. A new file is as the umask says, one that is replaced
     # keeps its permissions: what was private stays so.
     try:
@@ -97,12 +114,19 @@ def _write_through(temporary: str, target: str, chunks: Iterable[Any], folder: i
         try:
             if mode is not None and hasattr(os, "fchmod"):
                 os.fchmod(fd, mode)
-            written = sum(_write_all(fd, chunk) for chunk in chunks)
+            written = 0
+            if head is not None:
+                written = os.lseek(fd, head[0], os.SEEK_SET)
+            written += sum(_write_all(fd, chunk) for chunk in chunks)
+            if head is not None:
+                os.lseek(fd, 0, os.SEEK_SET)
+                _write_all(fd, head[1]())
             if folder is not None:
                 os.fsync(fd)
         finally:
             os.close(fd)
-        os.replace(temporary, target)
+        with _kept_for_later(target):
+            os.replace(temporary, target)
     except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
@@ -111,6 +135,43 @@ def _write_through(temporary: str, target: str, chunks: Iterable[Any], folder: i
         # a rename is only as safe as the folder that holds it
         os.fsync(folder)
     return written
+
+
+#: Threads that give replaced files back to the disk.
+_givers: list[threading.Thread] = []
+
+
+@contextlib.contextmanager
+def _kept_for_later(target: str) -> Iterator[None]:
+    """Have a file that is replaced in the block given back to the disk by a thread.
+
+    Whoever drops the last name of a file waits until all its blocks are free: of a large file a quarter of the time
+    that writing the new one takes. While a descriptor is open that is left to its close.
+    """
+    fd = None
+    with contextlib.suppress(OSError):
+        if hasattr(os, "O_PATH") and os.stat(target).st_size >= _LARGE:
+            fd = os.open(target, os.O_PATH | os.O_CLOEXEC)
+    if fd is None:
+        yield
+        return
+    try:
+        yield
+    finally:
+        giver = threading.Thread(target=os.close, args=(fd,), name="llamastate-free", daemon=True)
+        try:
+            giver.start()
+        except RuntimeError:  # no more threads, or the interpreter ends
+            os.close(fd)
+        else:
+            _givers.append(giver)
+
+
+def _wait_for_room() -> None:
+    """The next file may need the room of the one before last."""
+    while _givers:
+        with contextlib.suppress(IndexError):
+            _givers.pop().join()
 
 
 def fsync_folder(folder: str) -> None:

@@ -513,8 +513,24 @@ class Snapshot(Exporter):
         SaveError
             The old file, if any, is as it was.
         """
-        self.seal()
-        return save(path, np.frombuffer(self._image(), np.uint8))  # type: ignore[call-overload]
+        image = np.frombuffer(self._image(), np.uint8)  # type: ignore[call-overload]
+        if self._sealed or image.nbytes < _OVERLAP:
+            self.seal()
+            return save(path, image)
+        # The checksums stand in the front of the file: they are computed while what comes after them is being written.
+        start = min(s.offset for s in self._sections.values())
+        with ThreadPoolExecutor(1, "llamastate-seal") as pool:
+            try:
+                sealing = pool.submit(self.seal)
+            except RuntimeError:  # at the interpreter's end there are no more threads
+                self.seal()
+                return save(path, image)
+
+            def head() -> bytes:
+                sealing.result()
+                return image[:start].tobytes()
+
+            return save(path, image[start:], head=(start, head))
 
     def _exported(self) -> Span:
         self.seal()

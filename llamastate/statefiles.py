@@ -7,7 +7,7 @@ import errno
 import mmap
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import BinaryIO
 
 import numpy as np
@@ -71,14 +71,22 @@ class MappedFile:
         self._map = None
 
 
-def save(path: str | os.PathLike[str], data: npt.NDArray[np.uint8]) -> int:
-    """Replace a file by ``data``, atomically and durably; the number of bytes, or :class:`SaveError`."""
+def save(
+    path: str | os.PathLike[str],
+    data: npt.NDArray[np.uint8],
+    *,
+    head: tuple[int, Callable[[], bytes]] | None = None,
+) -> int:
+    """Replace a file by ``data``, atomically and durably; the number of bytes, or :class:`SaveError`.
+
+    ``head`` is how many bytes come before ``data``, and what gives them once all else is on its way to the disk.
+    """
     try:
         name = os.fsdecode(path)
     except TypeError as error:
         raise SaveError(f"cannot write: {error}", reason="not a path") from None
     try:
-        return write_atomically(name, [data.data])
+        return write_atomically(name, [data.data], head=head)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise SaveError(f"cannot write {name!r}: {reason}", path=name, reason=reason) from error

@@ -81,3 +81,44 @@ def test_short_writes_go_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     assert write_atomically(tmp_path / "file", [b"0123456789", memoryview(b"abcd")]) == 14
     monkeypatch.undo()
     assert (tmp_path / "file").read_bytes() == b"0123456789abcd"
+
+
+def test_the_head_comes_last(tmp_path: Path):
+    """It may need all of the rest; and if it fails there is no file."""
+    order: list[str] = []
+
+    def chunks():
+        order.append("chunks")
+        yield b"body"
+
+    def head() -> bytes:
+        order.append("head")
+        return b"front"
+
+    assert write_atomically(tmp_path / "file", chunks(), head=(5, head)) == 9
+    assert order == ["chunks", "head"]
+    assert (tmp_path / "file").read_bytes() == b"frontbody"
+
+    def fail() -> bytes:
+        raise ValueError("no head")
+
+    with pytest.raises(ValueError, match="no head"):
+        write_atomically(tmp_path / "file", [b"new"], head=(5, fail))
+    assert os.listdir(tmp_path) == ["file"]
+    assert (tmp_path / "file").read_bytes() == b"frontbody"
+
+
+def test_a_large_file_is_given_back(tmp_path: Path):
+    """Behind the call, but before the next one needs the room."""
+    large = bytes(5 << 20)
+    for size in (5 << 20, 5 << 20, 1, 5 << 20):
+        write_atomically(tmp_path / "file", [large[:size]])
+        assert (tmp_path / "file").stat().st_size == size
+    write_atomically(tmp_path / "other", [b""])
+    held = [os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if fd_exists(fd)]
+    assert not [name for name in held if name.startswith(str(tmp_path))]
+    assert sorted(os.listdir(tmp_path)) == ["file", "other"]
+
+
+def fd_exists(fd: str) -> bool:
+    return os.path.islink(f"/proc/self/fd/{fd}")

@@ -48,6 +48,31 @@ def test_what_is_saved_is_what_is_in_memory(filled: Context, tmp_path: Path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["copy", "s.llsnap"]
 
 
+def test_sealed_while_being_written(filled: Context, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Of a large snapshot the checksums are computed beside the write; also in an interpreter that ends."""
+    monkeypatch.setattr("llamastate.snapshot._OVERLAP", 1000)
+    Snapshot.take(filled, 0, IDS, metadata={"a": 1}).save(tmp_path / "beside")
+    code = """
+import atexit, sys
+from llamastate import Snapshot, snapshot
+from tests.helpers import context, tokens
+snapshot._OVERLAP = 1000
+ctx = context("dense", n_seq_max=2)
+ctx.prefill(tokens(90, seed=9))
+taken = Snapshot.take(ctx, 0, tokens(90, seed=9), metadata={"a": 1})
+atexit.register(lambda: taken.save(sys.argv[1]))
+"""
+    assert children.run(code, tmp_path / "at-the-end").returncode == 0
+    expected = bytes(memoryview(Snapshot.take(filled, 0, IDS, metadata={"a": 1})))
+    for name in ("beside", "at-the-end"):
+        assert Snapshot.open(tmp_path / name).restore(filled, 1) == 90
+    assert (tmp_path / "beside").read_bytes() == expected
+    with file_size_limit(3000), pytest.raises(SaveError):
+        Snapshot.take(filled, 0, IDS).save(tmp_path / "beside")
+    assert (tmp_path / "beside").read_bytes() == expected
+    assert sorted(os.listdir(tmp_path)) == ["at-the-end", "beside"]
+
+
 def test_taking_the_same_gives_the_same_bytes(filled: Context):
     assert bytes(memoryview(Snapshot.take(filled, 0, IDS))) == bytes(memoryview(Snapshot.take(filled, 0, IDS)))
     dirty = np.full(1 << 20, 0xEE, np.uint8)  # gaps are written too
