@@ -291,7 +291,10 @@ class SaveError(StateError, OSError):
 
 
 class LoadError(StateError, ValueError):
-    """State could not be loaded. The context is as it was, but for the sequences in ``removed``, which are empty."""
+    """State could not be loaded. The context is as it was, but for the sequences in ``removed``, which are empty.
+
+    That happens only where llama.cpp refuses a state that has passed validation (``None`` otherwise).
+    """
 
     fields: ClassVar[tuple[str, ...]] = ("path", "reason", "removed")
     path: str | None

@@ -9,7 +9,9 @@ leaves a sequence half overwritten when it refuses one:
 2. That its cells fit is proved, or counted, before the old ones go (``llamastate.restore``).
 3. The destination is emptied, the state set, and the number of bytes read and the positions compared with what the
    blob said.
-4. On any doubt what was there is put back, and an error raised.
+4. On any doubt what was there is put back, and an error raised. Where no copy of it was taken, because that would
+   double the cost of every restore, the sequence is left empty, and the error's ``removed`` says so. Validation leaves
+   no known way to get there.
 """
 
 from __future__ import annotations
@@ -136,9 +138,16 @@ class StateAPI:
         Raises
         ------
         LoadError
-            One of its subclasses says why; the context is as it was.
+            One of its subclasses says why; the context is as it was. The one exception is a state that passes
+            validation and that llama.cpp refuses all the same, to which no way is known: the context is empty then,
+            and ``removed`` lists the sequences that held something.
+
+        Notes
+        -----
+        Moves every byte once. No copy of the old state is taken: it would double cost and memory.
         """
         with as_bytes_view(src) as view, self._handle as handle:
+            before = [seq for seq in range(handle.n_seq_max) if self._span(seq) != (-1, -1)]
             info = layout.validate_context(view, self.schema, self.limits)
             n = state.set_data(handle, view)
             handle.forget_outputs()
@@ -147,8 +156,13 @@ class StateAPI:
             if n != view.nbytes or any(held[seq][1] != wanted[seq][1] for seq in held):
                 # Validation leaves no known way to get here. Should one exist, an empty context is better than a wrong
                 # one, and the error says so.
+                reason = log.take_errors() or f"it read {n} of {view.nbytes} bytes, or other positions than there are"
                 memory.clear(handle, True)
-                raise LoadError("llama.cpp refused the state; the context is empty now", reason=log.take_errors())
+                raise LoadError(
+                    f"llama.cpp refused the state: {reason}; the context is empty now",
+                    reason=reason,
+                    removed=tuple(before),
+                )
             return n
 
     def state_save_file(self, path: str | os.PathLike[str], tokens: TokensLike) -> int:
@@ -171,6 +185,13 @@ class StateAPI:
             The old file, if any, is as it was.
         TokenizeError
             A token id out of range.
+        PendingUpdateError
+            As for :meth:`state_get_data_into`.
+
+        Notes
+        -----
+        Holds the whole file in memory while it is written: llama.cpp's tensors may lie anywhere, and the context is
+        free for others as soon as the copy is made.
         """
         ids = as_tokens(tokens, self.model.n_vocab)
         header = layout.header_bytes("context", ids)
@@ -200,7 +221,7 @@ class StateAPI:
         ------
         LoadError
             One of its subclasses says why (:class:`StateFileNotFoundError`, :class:`InsufficientMaxTokensError`, ...);
-            the context is as it was.
+            the context is as it was, with the exception of :meth:`state_set_data`.
         """
         with MappedFile(path) as file, naming(path):
             head = layout.read_header(file.view, kind="context", max_tokens=max_tokens)
@@ -295,13 +316,20 @@ class StateAPI:
         Raises
         ------
         LoadError
-            One of its subclasses says why; the sequence, and all others, are as they were.
+            One of its subclasses says why; the sequence, and all others, are as they were. The one exception is a state
+            that passes validation and that llama.cpp refuses all the same, to which no way is known: ``removed`` says
+            that the sequence is empty then. All others are as they were even so.
         InvalidSequenceError, InvalidFlagsError, InvalidBufferError
             Likewise.
 
         Notes
         -----
         Moves every byte once; the checks read only what is not tensor data. The GIL is free while bytes move.
+
+        A sequence that holds something, in a unified cache that could be too full for the new state, costs more: its
+        free cells are counted in a copy of the whole context's state, for nothing else in llama.cpp's interface tells
+        which cells are shared. That they suffice is seen without, as long as the tokens of all other sequences and
+        the new one's fit the cache together and no positions have ever been moved.
         """
         with as_bytes_view(src) as view, self._handle as handle:
             state.check(handle, dest_seq_id, flags)
@@ -338,6 +366,12 @@ class StateAPI:
             The old file, if any, is as it was.
         TokenizeError
             A token id out of range.
+        PendingUpdateError
+            As for :meth:`state_seq_get_data_into`.
+
+        Notes
+        -----
+        Holds the whole file in memory while it is written; the context is free for others as soon as that copy is made.
         """
         ids = as_tokens(tokens, self.model.n_vocab)
         header = layout.header_bytes("sequence", ids)
@@ -376,7 +410,8 @@ class StateAPI:
         Raises
         ------
         LoadError
-            One of its subclasses says why; the sequence, and all others, are as they were.
+            One of its subclasses says why; the sequence, and all others, are as they were, with the exception of
+            :meth:`state_seq_set_data`.
 
         Notes
         -----

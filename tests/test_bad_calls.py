@@ -241,6 +241,13 @@ def test_shared_tokens_need_a_unified_cache():
         p.ctx.decode_batch(one(pos=0, seq_ids=[2, 3]))
 
 
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if "mamba" in kind])
+def test_recurrent_models_share_no_tokens(kind: str):
+    """llama.cpp says that there is no room."""
+    with pair(kind) as p, p.refuses(InvalidBatchError, index=0, value=2, limit=1):
+        p.ctx.decode_batch(one(pos=0, seq_ids=[2, 3]))
+
+
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if "mamba" not in kind])  # which are never full
 @pytest.mark.parametrize("unified", [True, False])
 def test_a_full_cache(kind: str, unified: bool):

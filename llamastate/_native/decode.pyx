@@ -59,6 +59,9 @@ cdef int check_batch(ContextHandle h, int n, const int32_t * tokens, const int32
             raise bad("it belongs to no sequence, or the lists of sequence ids are too short", n, i, n_seq_id[i])
         if n_seq_id[i] > 1 and h.mem != NULL and h.n_ctx_seq != h.n_ctx:
             raise bad("a token can only belong to several sequences when the cache is unified", n, i, n_seq_id[i], 1)
+        if n_seq_id[i] > 1 and h.recurrent:
+            raise bad("a recurrent model takes no token for several sequences; copy the sequence afterwards", n, i,
+                      n_seq_id[i], 1)
         for j in range(n_seq_id[i]):
             s = seq_ids[at + j]
             if s < 0 or s >= h.n_seq_max:
