@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 
 from llamastate.errors import ClosedError, HeadMovedError
-from llamastate.log.chain import StoredEntry, require_chain
+from llamastate.log.chaining import StoredEntry, require_chain
 from llamastate.log.store import Head, LogInfo, exists, first_facts, not_found, time_of
 from llamastate.names import check_name
 

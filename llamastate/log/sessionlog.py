@@ -14,7 +14,7 @@ import msgspec
 
 from llamastate.arrays import as_index
 from llamastate.errors import EntryNotFoundError, InvalidArgumentError, SessionNotFoundError
-from llamastate.log.chain import StoredEntry, chain, checked, is_hash, tampered
+from llamastate.log.chaining import StoredEntry, chain, checked, is_hash, tampered
 from llamastate.log.entries import (
     CacheUnlocked,
     ConfigChanged,
@@ -30,7 +30,7 @@ from llamastate.log.entries import (
     now_ms,
     to_raw,
 )
-from llamastate.log.fold import RestoredState, fold
+from llamastate.log.folding import RestoredState, fold
 from llamastate.log.items import as_items, group
 from llamastate.log.store import LogInfo, LogStore, read_all
 from llamastate.names import check_name

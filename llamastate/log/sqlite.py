@@ -20,7 +20,7 @@ from llamastate.errors import (
     StateFileNotFoundError,
     VersionMismatchError,
 )
-from llamastate.log.chain import StoredEntry, require_chain
+from llamastate.log.chaining import StoredEntry, require_chain
 from llamastate.log.entries import SessionOrigin
 from llamastate.log.memory import moved
 from llamastate.log.sqlerrors import BUSY, code_of, translated
@@ -303,9 +303,6 @@ class SQLiteLogStore:
                 f"{self.path!r} is damaged: {value!r:.40} is no number of entries",
                 path=self.path,
                 reason="no number",
-                section="sessions",
-                path=self.path,
-                reason="no count",
                 section="sessions",
             )
         return value

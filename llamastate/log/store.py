@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import msgspec
 
 from llamastate.errors import InvalidArgumentError, SessionExistsError, SessionNotFoundError
-from llamastate.log.chain import StoredEntry
+from llamastate.log.chaining import StoredEntry
 from llamastate.log.entries import SessionOrigin, SessionStart
 
 __all__ = ["Head", "LogInfo", "LogStore", "read_all"]

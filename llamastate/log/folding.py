@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from llamastate.log.chain import StoredEntry
+from llamastate.log.chaining import StoredEntry
 from llamastate.log.entries import (
     AssistantItems,
     CacheUnlocked,
