@@ -22,7 +22,7 @@ BUILD := setup.py pyproject.toml llama.cpp/locate.py llama.cpp/amx.py
 # GGML_NO_BACKTRACE: an expected abort in a child process must not start a debugger.
 TEST_ENV := LLAMASTATE_TEST_THREADS=1 OMP_NUM_THREADS=1 GGML_NO_BACKTRACE=1
 
-.PHONY: help demo test bench bench-peers lint format build models clean
+.PHONY: help demo test bench bench-peers lint format sanitize build models clean
 .DELETE_ON_ERROR:
 
 help:
@@ -36,7 +36,8 @@ help:
 	@echo "make build   .venv and the extension modules only"
 	@echo "make clean   remove what was built (not .venv, not the models)"
 
-demo: build models
+# It fetches the one model that it needs.
+demo: build
 	@PYTHONPATH=. $(PY) examples/demo.py
 
 test: build models
@@ -104,7 +105,8 @@ $(DONE)/requirements: pyproject.toml $(DONE)/venv
 	@$(PY) -c "$$REQUIREMENTS" build-system.requires > $@.txt
 	@args="$$($(PY) llama.cpp/amx.py)"; \
 	if [ -z "$$args" ]; then $(PIP) -r $@.txt; else \
-		echo "   with CMAKE_ARGS=$$args, and so past pip's cache of wheels, which does not tell builds apart"; \
+		echo "   with CMAKE_ARGS=$$args, for this compiler breaks llama.cpp's AMX code (llama.cpp/README.md);"; \
+		echo "   past pip's cache of wheels, which does not tell builds apart"; \
 		CMAKE_ARGS="$$args" $(PIP) --no-cache-dir -r $@.txt; fi
 	@touch $@
 
@@ -114,7 +116,7 @@ $(DONE)/install: $(BUILD) $(DONE)/requirements
 	@touch $@
 
 $(DONE)/extensions: $(NATIVE) $(DONE)/install
-	@echo "== compiling the extension modules that changed"
+	@echo "== the extension modules, where a source has changed"
 	@$(PY) setup.py --quiet build_ext --inplace
 	@touch $@
 

@@ -21,7 +21,6 @@ from llamastate.errors import (
     InvalidSequenceError,
     LayoutMismatchError,
     LlamaStateError,
-    PendingUpdateError,
     StoreFullError,
     TokensMismatchError,
 )
@@ -189,6 +188,7 @@ class PrefixStore:
     def _store(self, ctx: Context, seq: int, chain: Chain, anchors: list[AnchorState]) -> int:
         n = len(chain.ids)
         held = ctx.seq_pos_max(seq) + 1
+        ctx._refuse_pending("put", seq)
         if held < n or ctx._handle.moved_cells:
             what = "moved positions" if held >= n else f"{held} tokens, not {n}"
             raise TokensMismatchError(

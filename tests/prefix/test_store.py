@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 
 import numpy as np
@@ -50,7 +51,7 @@ def from_scratch(kind, way, ids, cuts):
     """Logits after ``ids``, decoded in the chunks that ``cuts`` makes."""
     with context(kind, **WAYS[way]) as ctx:
         edges = sorted({0, len(ids), *(c for c in cuts if c < len(ids))})
-        for a, b in zip(edges, edges[1:], strict=False):
+        for a, b in itertools.pairwise(edges):
             ctx.decode(ids[a:b])
         return ctx.logits()
 
