@@ -155,7 +155,10 @@ def main() -> int:
     without = scratch["prefill_s"] + scratch["answer_s"]
     rows = [
         ("prefill avoided", f"{loaded['n_prefix']} tokens, {scratch['prefill_s']:.2f} s"),
-        (f"  saved again for {len(QUESTIONS) - 1} more questions", f"{(len(QUESTIONS) - 1) * loaded['n_prefix']} tokens"),
+        (
+            f"  saved again for {len(QUESTIONS) - 1} more questions",
+            f"{(len(QUESTIONS) - 1) * loaded['n_prefix']} tokens",
+        ),
         ("state", f"{saved['bytes'] / 1e6:.1f} MB"),
         ("save (atomic, durable)", f"{saved['save_s'] * 1e3:.1f} ms"),
         ("load (checked)", f"{loaded['load_s'] * 1e3:.1f} ms"),

@@ -22,7 +22,6 @@ def test_there_are_some():
 @pytest.mark.parametrize("number", range(len(EXAMPLES)))
 def test_example(number, tmp_path):
     (tmp_path / ".models").symlink_to(models.smollm2().parent)
-    done = subprocess.run(
-        [sys.executable, "-c", EXAMPLES[number]], cwd=tmp_path, capture_output=True, text=True, timeout=120
-    )
+    command = [sys.executable, "-c", EXAMPLES[number]]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
     assert (done.returncode, done.stderr) == (0, "")
