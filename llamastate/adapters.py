@@ -7,7 +7,6 @@ import math
 import os
 import struct
 from collections.abc import Iterable
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from llamastate import gguf
@@ -15,6 +14,7 @@ from llamastate._native import adapters as native
 from llamastate.attach import OwnAdapter, note_adapters
 from llamastate.errors import AdapterLoadError, FingerprintUnavailableError, SequencesNotEmptyError
 from llamastate.fingerprint import Fingerprint, fingerprint_of
+from llamastate.lifetimes import Closing
 from llamastate.model import Model
 from llamastate.sequences import SequenceAPI
 
@@ -28,7 +28,7 @@ _TYPES = frozenset((0, 1, 2, 3, 6, 7, 8, 10, 11, 12, 13, 14, 20, 23, 30))
 _NVFP4 = 40
 
 
-class Adapter:
+class Adapter(Closing):
     """A LoRA of one model (``llama_adapter_lora_init``).
 
     Parameters
@@ -94,14 +94,6 @@ class Adapter:
     def close(self) -> None:
         """Give the weights back, once no context uses them any more. Idempotent."""
         self._handle.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def __repr__(self) -> str:
         return f"<llamastate.Adapter {self.path!r}{', closed' if self.closed else ''}>"

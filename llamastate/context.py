@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,7 +32,7 @@ if TYPE_CHECKING:
 __all__ = ["Context"]
 
 
-class Context(AdapterAPI):
+class Context(AdapterAPI, lifetimes.Closing):
     """The memory of a model (``llama_context``): what has been decoded, by sequence.
 
     Parameters
@@ -200,14 +199,6 @@ yarn_beta_slow, yarn_orig_ctx
         else:
             self._handle = let_go(self._handle)
             self._owner = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def __repr__(self) -> str:
         what = "closed" if self.closed else f"n_ctx={self.n_ctx}, n_seq_max={self.n_seq_max}"

@@ -1,7 +1,8 @@
 """What is still open, so that the interpreter's exit can close it in order.
 
 At exit Python drops objects in no useful order, and a GPU backend that unloads before its contexts are freed crashes.
-Contexts go first, then models; whatever was closed before is not here any more.
+Contexts go first, then models; whatever was closed before is not here any more. And :class:`Closing`, which all that
+can be closed have in common.
 """
 
 from __future__ import annotations
@@ -10,9 +11,29 @@ import atexit
 import contextlib
 import os
 import weakref
-from typing import Protocol
+from types import TracebackType
+from typing import TYPE_CHECKING, Protocol
 
-__all__ = ["contexts", "models"]
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["Closing", "contexts", "models"]
+
+
+class Closing:
+    """What owns something, gives it back with :meth:`close`, and can be the subject of a ``with`` block."""
+
+    def close(self) -> None:
+        """Give back what it owns. Idempotent."""
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
 
 class _Closable(Protocol):

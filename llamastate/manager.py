@@ -18,7 +18,6 @@ import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from llamastate import namelocks
@@ -36,6 +35,7 @@ from llamastate.errors import (
     StateFileNotFoundError,
     StoreLockedError,
 )
+from llamastate.lifetimes import Closing
 from llamastate.names import check_name, fold
 from llamastate.sampler import Sampler
 from llamastate.session import Session
@@ -44,8 +44,6 @@ from llamastate.snapparts import CheckpointFlags, CheckpointRecord, is_row
 from llamastate.snapshot import Snapshot
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
-
     from llamastate.context import Context
     from llamastate.fingerprint import Fingerprint
     from llamastate.namelocks import Held
@@ -129,7 +127,7 @@ class SessionInfo:
 _Infos: TypeAlias = list[SessionInfo]
 
 
-class SessionManager:
+class SessionManager(Closing):
     """Named sessions in a folder.
 
     Parameters
@@ -371,14 +369,6 @@ class SessionManager:
         """:meth:`release` every name. Idempotent; the manager can still be used."""
         for name in list(self._out):
             self.release(name)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def __repr__(self) -> str:
         return f"<llamastate.SessionManager {self.folder!r}>"

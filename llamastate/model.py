@@ -7,7 +7,7 @@ import os
 import stat
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from types import MappingProxyType, TracebackType
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,7 +28,7 @@ __all__ = ["Model"]
 _GGUF_MAGIC = b"GGUF"
 
 
-class Model:
+class Model(lifetimes.Closing):
     """Weights and vocabulary of one GGUF file (``llama_model_load_from_file``).
 
     Parameters
@@ -133,14 +133,6 @@ class Model:
     def close(self) -> None:
         """Give the weights back, once no context needs them any more. Idempotent."""
         self._handle.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def __repr__(self) -> str:
         state = "closed" if self.closed else self.memory_kind

@@ -8,7 +8,6 @@ import numbers
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,6 +17,7 @@ from llamastate._native import consts, sampling
 from llamastate.arrays import as_index
 from llamastate.errors import SamplerError
 from llamastate.grammar import check_grammar
+from llamastate.lifetimes import Closing
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -110,7 +110,7 @@ def _within(name: str, value: Any, low: float, high: float, *, open_low: bool = 
         )
 
 
-class Sampler:
+class Sampler(Closing):
     """A chain of llama.cpp's samplers, with its memory: random numbers, penalties, grammar.
 
     Parameters
@@ -265,14 +265,6 @@ class Sampler:
     def close(self) -> None:
         """Free the chain. Idempotent."""
         self._handle.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def _as_text(name: str, text: Any) -> bytes:

@@ -15,7 +15,6 @@ import pickle
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import numpy as np
@@ -39,6 +38,7 @@ from llamastate.errors import (
 from llamastate.fingerprint import Fingerprint, require_same
 from llamastate.flags import SeqFlags
 from llamastate.layout import KVSchema
+from llamastate.lifetimes import Closing
 from llamastate.sampler import Sampler
 from llamastate.snapfile import Kind, Section
 from llamastate.snapparts import (
@@ -65,7 +65,7 @@ __all__ = ["CheckpointFlags", "CheckpointRecord", "Snapshot"]
 _OVERLAP = 4 << 20
 
 
-class Snapshot(Exporter):
+class Snapshot(Exporter, Closing):
     """The state of one sequence, self-describing, verified, portable.
 
     Made by :meth:`take`, :meth:`open`, :meth:`from_buffer` or unpickling. It is a read-only buffer itself
@@ -269,14 +269,6 @@ class Snapshot(Exporter):
         span, self._span = self._span, None
         if span is not None and not span.views:
             span.release()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def __repr__(self) -> str:
         if self._span is None:
