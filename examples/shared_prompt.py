@@ -53,7 +53,7 @@ def main(path: str) -> None:
         for question, one, other in zip(QUESTIONS, branched, restored, strict=True):
             print(f"> {question}\n  branch:   {one}\n  snapshot: {other}")
         print(
-            "Branches share cells, snapshots bring their own. The order of cells decides the last bits of a logit, and\n"
+            "Branches share cells, snapshots bring their own. The order of cells decides a logit's last bits, and\n"
             "where two tokens are nearly as likely, those decide (docs/state.md, Noise)."
         )
 
