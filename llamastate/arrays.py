@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from llamastate._native.lists import first_outside
 from llamastate.errors import InvalidBatchError, InvalidBufferError, LlamaStateError, TokenizeError
+from llamastate.words import brief
 
 __all__ = ["Int32Array", "TokensLike", "as_bytes_view", "as_int32", "as_tokens"]
 
@@ -18,6 +19,8 @@ Int32Array: TypeAlias = npt.NDArray[np.int32]
 TokensLike: TypeAlias = npt.ArrayLike
 
 _INT32 = np.iinfo(np.int32)
+#: Of the longest integers that are told from each other.
+_MAX_BITS = 1024
 
 
 def as_int32(values: Any, what: str) -> Int32Array:
@@ -28,10 +31,13 @@ def as_int32(values: Any, what: str) -> Int32Array:
     InvalidBatchError
         Not one-dimensional, not integers, or a value past 32 bits.
     """
+    if isinstance(values, (str, bytes)):
+        hint = "token ids: use model.tokenize(text)" if what == "tokens" else "an array of integers"
+        raise _bad(f"{what} is {type(values).__name__}, not {hint}")
     try:
         array = np.asarray(values)
     except (ValueError, TypeError, OverflowError) as error:
-        raise _bad(f"{what} is no array: {error}") from None
+        raise _bad(f"{what} is no array: {str(error)[:200]}") from None
     if array.dtype == np.int32 and array.ndim == 1:
         # a copy, always: what has been checked must not change while llama.cpp reads it without the GIL
         return np.array(array, order="C")
@@ -60,7 +66,8 @@ def as_tokens(tokens: TokensLike, n_vocab: int) -> Int32Array:
     try:
         array = as_int32(tokens, "tokens")
     except InvalidBatchError as error:
-        raise TokenizeError(str(error), reason=error.reason, token=error.value, n_vocab=n_vocab) from None
+        reason = error.reason or str(error)  # without "invalid batch": there may be none
+        raise TokenizeError(reason, reason=reason, token=error.value, n_vocab=n_vocab) from None
     bad = first_outside(array, n_vocab)
     if bad >= 0:
         token = int(array[bad])
@@ -73,11 +80,16 @@ def as_tokens(tokens: TokensLike, n_vocab: int) -> Int32Array:
 def as_index(value: Any, what: str, error: type[LlamaStateError]) -> int:
     """Turn an integer-like object into an int, or raise ``error``."""
     try:
-        return operator.index(value)
+        number = operator.index(value)
     except TypeError:
-        facts = {"name": what, "reason": what, "value": value, "seq_id": value}
-        known = {name: fact for name, fact in facts.items() if name in error.fields}
-        raise error(f"{what} is {type(value).__name__}, not an integer", **known) from None
+        problem = f"{type(value).__name__}, not an integer"
+    else:
+        if number.bit_length() <= _MAX_BITS:
+            return number
+        problem = brief(number)  # no message could even write it out
+    facts = {"name": what, "reason": what, "value": value, "seq_id": value}
+    known = {name: fact for name, fact in facts.items() if name in error.fields}
+    raise error(f"{what} is {problem}", **known)
 
 
 def as_bytes_view(obj: Any) -> memoryview:

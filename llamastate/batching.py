@@ -10,6 +10,7 @@ import numpy as np
 
 from llamastate.arrays import Int32Array, TokensLike, as_index, as_int32
 from llamastate.errors import InvalidBatchError
+from llamastate.words import brief
 
 __all__ = ["Batch"]
 
@@ -56,7 +57,8 @@ class Batch:
         pos : int
             Its position; per sequence positions have to follow one another.
         seq_ids : int or sequence of int
-            Several sequences can share a token when the cache is unified.
+            Several sequences can share a token when the cache is unified and the memory not merely recurrent. They have
+            to hold the same tokens before it: that is the caller's promise, only their lengths are compared.
         logits : bool
             Whether its logits are wanted.
         """
@@ -146,7 +148,7 @@ def output_mask(logits: str | Iterable[Any] | None, n: int) -> np.ndarray[Any, n
             mask[:] = 1
         else:
             raise InvalidBatchError(
-                f"invalid batch: logits = {logits!r}", code=-1, n_tokens=n, reason="logits", value=logits
+                f"invalid batch: logits = {brief(logits)}", code=-1, n_tokens=n, reason="logits", value=logits
             )
         return mask
     try:

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from datetime import datetime, timezone
 from typing import Any
 
-from llamastate import layout, snapfile
-from llamastate.errors import CorruptStateError, LlamaStateError, MediaTokensError
+from llamastate import __version__, layout, snapfile
+from llamastate.errors import BadMagicError, CorruptStateError, LlamaStateError, MediaTokensError
 from llamastate.layout.infer import identify
+from llamastate.layout.known import what_is
 from llamastate.manager import list_sessions, saved_checkpoints
 from llamastate.sessionfiles import unpack_tokens
 from llamastate.snapshot import Snapshot
@@ -48,7 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except LlamaStateError as error:
-        print(f"llamastate: {error}", file=sys.stderr)
+        path = getattr(error, "path", None)
+        named = path is None or path in str(error) or repr(path) in str(error)
+        print(f"llamastate: {error}" if named else f"llamastate: {path}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
@@ -63,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=form,
     )
+    parser.add_argument("--version", action="version", version=f"llamastate {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     inspect = commands.add_parser(
         "inspect",
@@ -83,6 +87,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=form,
     )
     verify.add_argument("files", metavar="FILE", nargs="+")
+    verify.add_argument("--json", action="store_true", help="for programs")
     verify.set_defaults(run=_verify)
     sessions = commands.add_parser(
         "sessions", help="what is in a folder of sessions", epilog=_EPILOG, formatter_class=form
@@ -107,17 +112,32 @@ def _inspect(options: argparse.Namespace) -> int:
 
 def _verify(options: argparse.Namespace) -> int:
     # all of them, also after a bad one
-    return max(int(not _verified(path)) for path in options.files)
+    found = []
+    for path in options.files:
+        found.append(_verified(path))
+        if not options.json:
+            _print_verdict(found[-1])
+    if options.json:
+        print(json.dumps(found, indent=2))
+    return int(not all(verdict["ok"] for verdict in found))
 
 
-def _verified(path: str) -> bool:
+def _verified(path: str) -> dict[str, Any]:
+    verdict: dict[str, Any] = {"path": path, "ok": True, "checked": None, "section": None, "error": None}
     try:
-        print(f"{path}: ok ({verify_file(path)})")
+        verdict["checked"] = verify_file(path)
     except LlamaStateError as error:
-        section = error.section if isinstance(error, CorruptStateError) and error.section else None
-        print(f"{path}: FAILED{f' [{section}]' if section else ''}: {error}")
-        return False
-    return True
+        section = error.section if isinstance(error, CorruptStateError) else None
+        verdict.update(ok=False, section=section or None, error=str(error))
+    return verdict
+
+
+def _print_verdict(verdict: dict[str, Any]) -> None:
+    if verdict["ok"]:
+        print(f"{verdict['path']}: ok ({verdict['checked']})")
+        return
+    section = f" [{verdict['section']}]" if verdict["section"] else ""
+    print(f"{verdict['path']}: FAILED{section}: {verdict['error']}")
 
 
 def _sessions(options: argparse.Namespace) -> int:
@@ -154,6 +174,7 @@ def describe(path: str) -> dict[str, Any]:
     magic = _magic(path)
     if magic in layout.MAGIC.values():
         return _describe_native(path)
+    _check_kind(path)
     with Snapshot.open(path) as snapshot:
         points = [
             {"n_tokens": p.n_tokens, "label": p.label, "created": _iso(p.created)} for p in saved_checkpoints(snapshot)
@@ -188,6 +209,7 @@ def verify_file(path: str) -> str:
         facts = _describe_native(path)
         known = facts["layout"] is not None
         return "structure; such files have no checksums" if known else "header; such files have no checksums"
+    _check_kind(path)
     with Snapshot.open(path) as snapshot:
         for key in list(snapshot._sections):
             snapshot._section(key).release()
@@ -198,6 +220,26 @@ def verify_file(path: str) -> str:
 def _magic(path: str) -> int:
     with reading(path) as file:
         return int.from_bytes(file.read(4), "little")
+
+
+def _check_kind(path: str) -> None:
+    """Refuse what is no snapshot either, in words for somebody who may have meant another file."""
+    with reading(path) as file:
+        head = file.read(68)
+    # a cut or damaged snapshot is for Snapshot.open to tell
+    if sum(a == b for a, b in zip(head, snapfile.MAGIC, strict=False)) >= min(len(head), 4):
+        return
+    what = what_is(head)
+    problem = "is neither .llsnap, GGSN nor GGSQ" if what is None else f"is {what.partition(':')[0]}, not a file of one"
+    if head[:4] == b"GGUF":
+        problem = "is a GGUF (a model), not a saved state"
+    raise BadMagicError(
+        f"{path} {problem}",
+        path=path,
+        reason=problem,
+        expected=int.from_bytes(snapfile.MAGIC, "little"),
+        found=int.from_bytes(head[:8], "little"),
+    )
 
 
 def _describe_native(path: str) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import numpy as np
 from llamastate._native import consts
 from llamastate.arrays import as_index
 from llamastate.errors import ContextCreateError
+from llamastate.words import brief
 
 __all__ = ["I32", "MAX_BATCH", "MAX_UBATCH", "U32", "all_cores", "bounded", "choice", "rope_params"]
 
@@ -54,7 +55,7 @@ def choice(name: str, value: Any, choices: dict[str, Any]) -> Any:
         return choices[value]
     except (KeyError, TypeError):
         raise ContextCreateError(
-            f"{name} = {value!r} is not one of {', '.join(map(repr, choices))}", params={name: value}, reason=name
+            f"{name} = {brief(value)} is not one of {', '.join(map(repr, choices))}", params={name: value}, reason=name
         ) from None
 
 
@@ -71,12 +72,12 @@ def rope_params(given: dict[str, Any]) -> dict[str, Any]:
                 params[name] = float(value)
             except (TypeError, ValueError, OverflowError):
                 raise ContextCreateError(
-                    f"{name} = {value!r} is no number", params={name: value}, reason=name
+                    f"{name} = {brief(value)} is no number", params={name: value}, reason=name
                 ) from None
             if not abs(params[name]) <= _FLOAT_MAX:
-                raise ContextCreateError(f"{name} = {value!r} is not finite", params={name: value}, reason=name)
+                raise ContextCreateError(f"{name} = {brief(value)} is not finite", params={name: value}, reason=name)
             if name.startswith("rope_freq") and params[name] < 0:
-                raise ContextCreateError(f"{name} = {value!r} is negative", params={name: value}, reason=name)
+                raise ContextCreateError(f"{name} = {brief(value)} is negative", params={name: value}, reason=name)
         else:
             raise TypeError(f"Context() got an unexpected keyword argument {name!r}")
     return params

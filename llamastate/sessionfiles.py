@@ -32,6 +32,7 @@ from llamastate.layout.schema import KVSchema
 from llamastate.layout.walk import Cells
 from llamastate.state import SEQ_HEADER
 from llamastate.statefiles import MappedFile, naming, save
+from llamastate.words import brief
 
 if TYPE_CHECKING:
     from llamastate.context import Context
@@ -164,7 +165,7 @@ def load_file(ctx: Context, path: str | os.PathLike[str], seq_id: int) -> Int32A
 def save_file(ctx: Context, path: str | os.PathLike[str], seq_id: int, tokens: Int32Array, format: str) -> int:  # noqa: A002
     """Write a sequence to a file that llama.cpp reads, atomically and durably; how many bytes."""
     if format not in FORMATS:
-        raise InvalidArgumentError(f"format = {format!r} is none of {FORMATS}", name="format", value=format)
+        raise InvalidArgumentError(f"format = {brief(format)} is none of {FORMATS}", name="format", value=format)
     if format != "ggsn":
         ids = pack_tokens(tokens) if format == "ggsq-packed" else tokens
         header = np.frombuffer(layout.header_bytes("sequence", ids), np.uint8)

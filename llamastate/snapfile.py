@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import xxhash
 
 from llamastate.errors import BadMagicError, CorruptStateError, VersionMismatchError
+from llamastate.layout.known import what_is
 
 __all__ = [
     "ALIGNMENT",
@@ -275,8 +276,10 @@ def _known(sections: Sequence[Section]) -> dict[tuple[int, int], Section]:
 
 
 def _bad_magic(found: bytes) -> BadMagicError:
+    known = what_is(found)
+    problem = f"it begins with {found!r}" if known is None else f"this is {known}"
     return BadMagicError(
-        f"not a snapshot: it begins with {found!r}",
+        f"not a snapshot: {problem}",
         reason="magic",
         expected=int.from_bytes(MAGIC, "little"),
         found=int.from_bytes(found, "little"),

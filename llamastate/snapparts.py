@@ -17,6 +17,7 @@ from llamastate.arrays import as_bytes_view
 from llamastate.errors import InvalidArgumentError, LogitsUnavailableError
 from llamastate.sampler import Sampler
 from llamastate.snapfile import Kind
+from llamastate.words import brief
 
 __all__ = [
     "CheckpointFlags",
@@ -80,7 +81,9 @@ def logits_section(given: npt.ArrayLike | str, n_vocab: int) -> npt.NDArray[np.f
     """A row of logits, checked; None for "last", which only the context can tell."""
     if isinstance(given, str):
         if given != "last":
-            raise InvalidArgumentError(f"logits = {given!r} is not 'last'", name="logits", value=given, limit="last")
+            raise InvalidArgumentError(
+                f"logits = {brief(given)} is not 'last'", name="logits", value=given, limit="last"
+            )
         return None
     try:
         row = np.ascontiguousarray(given, dtype="<f4")

@@ -39,6 +39,7 @@ from llamastate.errors import (
     LogitsUnavailableError,
     ModelLoadError,
 )
+from llamastate.words import brief
 
 cdef extern from "pythread.h" nogil:
     ctypedef enum PyLockStatus:
@@ -203,7 +204,8 @@ cdef class ContextHandle(Lockable):
         self.acquire(operation)
         if self.ptr == NULL or self.close_pending or (self._alive is not None and not self._alive()):
             self.release()
-            raise ClosedError(f"{operation}: the context is closed", what="context")
+            where = "" if operation == "context" else f"{operation}: "
+            raise ClosedError(f"{where}the context is closed", what="context")
         return 0
 
     cdef int32_t seq(self, seq_id) except -1:
@@ -211,11 +213,15 @@ cdef class ContextHandle(Lockable):
         cdef long n
         try:
             n = PyNumber_Index(seq_id)  # a plain conversion would take 0.7 for 0
-        except (OverflowError, TypeError):
+        except TypeError:
+            raise InvalidSequenceError(
+                f"seq_id is {type(seq_id).__name__}, not an integer", seq_id=seq_id, n_seq_max=self.n_seq_max
+            ) from None
+        except OverflowError:
             n = -1
         if n < 0 or n >= self.n_seq_max:
             raise InvalidSequenceError(
-                f"sequence id {seq_id!r} is not in [0, {self.n_seq_max})", seq_id=seq_id, n_seq_max=self.n_seq_max
+                f"sequence id {brief(seq_id)} is not in [0, {self.n_seq_max})", seq_id=seq_id, n_seq_max=self.n_seq_max
             )
         return <int32_t> n
 
@@ -232,6 +238,12 @@ cdef class ContextHandle(Lockable):
             while left:
                 at -= 1
                 left -= self.outputs[at] != 0
+        if n == 0:
+            raise LogitsUnavailableError(
+                "nothing has been decoded, and a state brings no logits along: decode a token, after a restore the last "
+                "one again",
+                index=i, n_outputs=0,
+            )
         if at < 0 or self.outputs[at] == 0:
             raise LogitsUnavailableError(
                 f"no output for index {i}: the last batch had {n} tokens and {self.n_outputs} outputs",
@@ -239,7 +251,8 @@ cdef class ContextHandle(Lockable):
             )
         if self.outputs[at] == 2:
             raise LogitsUnavailableError(
-                f"the output for index {i} belongs to a state that has been changed since", index=i,
+                f"the output for index {i} belongs to a state that has been changed since: decode the last token again",
+                index=i,
                 n_outputs=self.n_outputs,
             )
         return <int> at
@@ -285,7 +298,7 @@ cdef class ContextHandle(Lockable):
                 at += self.output_n_seq[i]
             if found < 0 or self.outputs[found] != 1:
                 raise LogitsUnavailableError(
-                    f"no logits for the last token of sequence {seq}", index=None if found < 0 else found,
+                    f"no logits for the last token of sequence {seq}: decode it again", index=None if found < 0 else found,
                     n_outputs=self.n_outputs,
                 )
             return found

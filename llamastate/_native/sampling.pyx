@@ -5,12 +5,78 @@
 cimport cython
 from libc.math cimport isnan
 from libc.stdint cimport int32_t, int64_t, uint32_t
+from libcpp.string cimport string
 from libcpp.vector cimport vector
 
 from llamastate._native cimport llama as c
 from llamastate._native import log
 from llamastate._native.handles cimport ContextHandle, Lockable, ModelHandle, _ModelPtr
 from llamastate.errors import ClosedError, LogitsUnavailableError, SamplerError
+
+# The grammar parser writes what is wrong to the process's stderr and nowhere else. So stderr is a pipe while it runs:
+# with the GIL held, so that no Python code writes meanwhile, and what is not the parser's is passed on afterwards. The
+# pipe never blocks; of a message that is longer than it holds, the beginning is enough.
+cdef extern from *:
+    """
+    #include <cstdio>
+    #include <string>
+    #ifndef _WIN32
+    #include <fcntl.h>
+    #include <unistd.h>
+    #endif
+
+    static int llamastate_hushed = -1, llamastate_hush_pipe = -1;
+
+    static void llamastate_hush_begin() {
+    #ifndef _WIN32
+        int ends[2];
+        fflush(stderr);
+        llamastate_hushed = fcntl(2, F_DUPFD_CLOEXEC, 3);
+        if (llamastate_hushed < 0) return;  // there is no stderr
+        if (pipe(ends)) {
+            close(llamastate_hushed);
+            llamastate_hushed = -1;
+            return;
+        }
+        fcntl(ends[0], F_SETFD, FD_CLOEXEC);
+        fcntl(ends[0], F_SETFL, O_NONBLOCK);
+        fcntl(ends[1], F_SETFL, O_NONBLOCK);
+        dup2(ends[1], 2);
+        close(ends[1]);
+        llamastate_hush_pipe = ends[0];
+    #endif
+    }
+
+    static std::string llamastate_hush_end() {
+        std::string text;
+    #ifndef _WIN32
+        if (llamastate_hushed < 0) return text;
+        fflush(stderr);
+        dup2(llamastate_hushed, 2);
+        close(llamastate_hushed);
+        llamastate_hushed = -1;
+        clearerr(stderr);
+        char part[4096];
+        for (ssize_t n; (n = read(llamastate_hush_pipe, part, sizeof part)) > 0;) text.append(part, n);
+        close(llamastate_hush_pipe);
+        llamastate_hush_pipe = -1;
+        size_t own = text.find("parse: error parsing grammar: ");
+        std::string others = own == std::string::npos ? text : text.substr(0, own);
+        if (!others.empty()) fwrite(others.data(), 1, others.size(), stderr);
+        text.erase(0, own == std::string::npos ? text.size() : own);
+    #endif
+        return text;
+    }
+    """
+    void llamastate_hush_begin() noexcept
+    string llamastate_hush_end() noexcept
+
+
+def _grammar_reason(bytes said):
+    """What the grammar parser wrote, in one line without the grammar that it repeats."""
+    reason = said.decode("utf-8", "replace").partition("error parsing grammar: ")[2].partition("\n\n")[0]
+    reason = " ".join(reason.split())
+    return reason if len(reason) <= 160 else f"{reason[:160]}..."
 
 
 @cython.no_gc_clear
@@ -121,9 +187,20 @@ cdef class SamplerHandle(Lockable):
         """``llama_sampler_init_grammar``."""
         if c.llama_vocab_type(self.vocab) == c.LLAMA_VOCAB_TYPE_NONE:
             raise SamplerError("grammar: this model has no vocabulary", parameter="grammar", reason="no vocabulary")
+        cdef c.llama_sampler * link
+        cdef string said
         log.clear_errors()
         try:
-            self.add(c.llama_sampler_init_grammar(self.vocab, grammar, root), "grammar", grammar)
+            llamastate_hush_begin()
+            try:
+                link = c.llama_sampler_init_grammar(self.vocab, grammar, root)
+            finally:
+                said = llamastate_hush_end()
+            if link == NULL:
+                logged = log.take_errors()
+                reason = _grammar_reason(<bytes> said) or logged or "llama.cpp made no sampler of it"
+                raise SamplerError(f"grammar: {reason}", parameter="grammar", value=grammar, reason=reason)
+            self.add(link, "grammar", grammar)
         except (RuntimeError, IndexError, ValueError, MemoryError) as error:
             if isinstance(error, SamplerError):
                 raise

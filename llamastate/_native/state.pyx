@@ -15,6 +15,7 @@ from llamastate._native import log
 from llamastate._native.buffers cimport Pinned, pin
 from llamastate._native.handles cimport ContextHandle
 from llamastate.errors import BufferTooSmallError, InvalidFlagsError, LoadError, SaveError
+from llamastate.words import brief
 
 cdef uint32_t KNOWN_FLAGS = c.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY | c.LLAMA_STATE_SEQ_FLAGS_ON_DEVICE
 
@@ -26,7 +27,7 @@ cdef uint32_t known(flags) except? 0xFFFFFFFF:
     except (OverflowError, TypeError):
         n = ~<unsigned long> KNOWN_FLAGS
     if n & ~<unsigned long> KNOWN_FLAGS:
-        raise InvalidFlagsError(f"unknown state flags {flags!r}", flags=flags, known=KNOWN_FLAGS)
+        raise InvalidFlagsError(f"unknown state flags {brief(flags)}", flags=flags, known=KNOWN_FLAGS)
     return <uint32_t> n
 
 

@@ -20,6 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from llamastate.errors import BadMagicError, CorruptStateError, InsufficientMaxTokensError, VersionMismatchError
 from llamastate.layout.cursor import Borrowed, Cursor
+from llamastate.layout.known import what_is
 
 __all__ = ["MAGIC", "VERSION", "FileHeader", "FileKind", "header_bytes", "read_header"]
 
@@ -107,10 +108,10 @@ def _read(cursor: Cursor, kind: FileKind | None, max_tokens: int | None) -> File
     kinds: tuple[FileKind, ...] = ("context", "sequence") if kind is None else (kind,)
     found = next((k for k in kinds if MAGIC[k] == magic), None)
     if found is None:
-        wanted = " or ".join(f"{MAGIC[k]:#010x}" for k in kinds)
-        raise BadMagicError(
-            f"not a session file: it begins with {magic:#010x}, not {wanted}", expected=MAGIC[kinds[0]], found=magic
-        )
+        names = " or ".join({"context": "GGSN", "sequence": "GGSQ"}[k] for k in kinds)
+        what = what_is(bytes(cursor.view[:68])) or f"it begins with {magic:#010x}"
+        problem = what if what.startswith("it ") else f"this is {what}"
+        raise BadMagicError(f"not a {names} file: {problem}", reason=problem, expected=MAGIC[kinds[0]], found=magic)
     version = cursor.u32("file.version")
     if version != VERSION[found]:
         raise VersionMismatchError(

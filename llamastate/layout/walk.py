@@ -15,8 +15,10 @@ from typing import NamedTuple, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
+from llamastate._native import consts
 from llamastate.errors import BadMagicError, LayoutMismatchError
 from llamastate.layout.cursor import Cursor
+from llamastate.layout.known import what_is
 from llamastate.layout.schema import MAX_SEQ, KVSchema, RecurrentSchema, Schema, Tensor
 
 __all__ = ["SEQUENCE_MAGIC", "Cells", "ContextWalk", "SequenceWalk", "Span", "walk_context", "walk_sequence"]
@@ -25,6 +27,8 @@ SEQUENCE_MAGIC = 0xAF143CD8
 """First word of a sequence blob in memory (``io_magic`` in llama-context.cpp). Files carry none."""
 
 _MAX_ARCH_BYTES = 256
+
+_TYPE_NAMES = {number: name for name, number in consts.CACHE_TYPES.items()}
 
 _TYPE_ROW = Struct("<iQ")
 _TYPE_ELEMENT_COUNT = Struct("<iII")
@@ -132,8 +136,13 @@ def walk_sequence(
     if header:
         magic = cursor.u32("header.magic")
         if magic != SEQUENCE_MAGIC:
+            known = what_is(bytes(view[:68]))
+            problem = (
+                f"it begins with {magic:#010x}, not {SEQUENCE_MAGIC:#010x}" if known is None else f"this is {known}"
+            )
             raise BadMagicError(
-                f"not a sequence blob: it begins with {magic:#010x}, not {SEQUENCE_MAGIC:#010x}",
+                f"not the state of a sequence: {problem}",
+                reason=problem,
                 expected=SEQUENCE_MAGIC,
                 found=magic,
             )
@@ -165,6 +174,8 @@ def walk_context(view: memoryview, schema: Schema) -> ContextWalk:
     """
     cursor = Cursor(view)
     length = cursor.u32("header.arch")
+    if length > _MAX_ARCH_BYTES and (known := what_is(bytes(view[:4]))) is not None:
+        cursor.fail("header.arch", f"this is {known}", offset=0)
     if length > _MAX_ARCH_BYTES:
         cursor.fail("header.arch", f"an architecture name of {length} bytes", offset=0)
     at = cursor.claim(length, "header.arch")
@@ -337,12 +348,25 @@ def _explain_kv_preamble(cursor: Cursor, part: KVSchema, at: int) -> NoReturn:
     if n_layer != len(part.k):
         _mismatch("n_layer", len(part.k), n_layer, at + 4, f"{part.name} cache: number of layers")
     # llama.cpp transposes V exactly when flash attention is off, and that is the setting people know.
-    _mismatch("flash_attn", not part.v_trans, not v_trans, at, f"{part.name} cache: flash attention (V transposed)")
+    expected, found = not part.v_trans, not v_trans
+    message = (
+        f"the state was taken with flash attention {_on(found)}, this context has it {_on(expected)}: V lies the other "
+        "way round"
+    )
+    raise LayoutMismatchError(message, field="flash_attn", expected=expected, found=found, offset=at)
+
+
+def _on(flag: bool) -> str:
+    return "on" if flag else "off"
 
 
 def _mismatch(field: str, expected: object, found: object, offset: int, what: str) -> NoReturn:
+    if field.startswith("type_"):
+        said = [str(_TYPE_NAMES.get(number, f"ggml type {number}")) for number in (found, expected)]  # type: ignore[call-overload]
+    else:
+        said = [str(found), str(expected)]
     raise LayoutMismatchError(
-        f"the state is of another layout: {what} is {found}, this context has {expected}",
+        f"the state is of another layout: {what} is {said[0]}, this context has {said[1]}",
         field=field,
         expected=expected,
         found=found,
