@@ -17,6 +17,7 @@ from llamastate.fingerprint import Fingerprint, fingerprint_of
 from llamastate.lifetimes import Closing
 from llamastate.model import Model
 from llamastate.sequences import SequenceAPI
+from llamastate.words import brief
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -210,11 +211,11 @@ def _checked(entry: Any) -> tuple[Adapter, float]:
         value = float(scale)
         single: float = struct.unpack("<f", struct.pack("<f", value))[0]
     except (TypeError, ValueError, OverflowError):
-        raise AdapterLoadError(f"{entry!r} is no (Adapter, scale)", reason="no adapter and scale") from None
+        raise AdapterLoadError(f"{brief(entry)} is no (Adapter, scale)", reason="no adapter and scale") from None
     if not isinstance(adapter, Adapter):
         raise AdapterLoadError(f"{type(adapter).__name__} is no Adapter", reason="no adapter")
     if not math.isfinite(single):
-        raise AdapterLoadError(f"scale {scale!r} is not finite", path=adapter.path, reason="scale")
+        raise AdapterLoadError(f"scale {brief(scale)} is not finite", path=adapter.path, reason="scale")
     return adapter, single
 
 

@@ -275,7 +275,8 @@ yarn_beta_slow, yarn_orig_ctx
             The computation failed. What it had done is undone; where that is impossible (``removed``) the sequence is
             empty now.
         """
-        single = np.isscalar(tokens) or getattr(tokens, "ndim", 1) == 0
+        text = isinstance(tokens, (str, bytes))
+        single = not text and (np.isscalar(tokens) or getattr(tokens, "ndim", 1) == 0)
         ids = as_int32([tokens] if single else tokens, "tokens")
         n = len(ids)
         with self._handle as handle:

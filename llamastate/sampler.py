@@ -18,6 +18,7 @@ from llamastate.arrays import as_index
 from llamastate.errors import SamplerError
 from llamastate.grammar import check_grammar
 from llamastate.lifetimes import Closing
+from llamastate.words import brief
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -100,11 +101,14 @@ class SamplingParams:
 def _within(name: str, value: Any, low: float, high: float, *, open_low: bool = False, whole: bool = False) -> None:
     """Refuse a parameter outside ``[low, high]`` (``(low, high]``); infinities are never numbers to compute with."""
     kind: Any = numbers.Integral if whole else numbers.Real
-    inside = isinstance(value, kind) and math.isfinite(value) and low <= value <= high
+    try:
+        inside = isinstance(value, kind) and math.isfinite(value) and low <= value <= high
+    except OverflowError:  # an integer that no float can hold
+        inside = False
     if not inside or (open_low and value == low):
         bracket = "(" if open_low or low == -math.inf else "["
         raise SamplerError(
-            f"{name} = {value!r} is not in {bracket}{low}, {high}{')' if high == math.inf else ']'}",
+            f"{name} = {brief(value)} is not in {bracket}{low}, {high}{')' if high == math.inf else ']'}",
             parameter=name,
             value=value,
         )
@@ -286,6 +290,10 @@ def _bias_arrays(bias: Mapping[int, float], n_vocab: int) -> tuple[npt.NDArray[n
                 f"logit_bias: token id {token} is not in [0, {n_vocab})", parameter="logit_bias", value=token
             )
         number: Any = value
-        if not isinstance(number, numbers.Real) or math.isnan(number) or number == math.inf:
-            raise SamplerError(f"logit_bias: {value!r} for token {token}", parameter="logit_bias", value=value)
+        try:
+            wrong = not isinstance(number, numbers.Real) or math.isnan(number) or number == math.inf
+        except OverflowError:
+            wrong = True
+        if wrong:
+            raise SamplerError(f"logit_bias: {brief(value)} for token {token}", parameter="logit_bias", value=value)
     return np.fromiter(bias.keys(), np.int32, len(bias)), np.fromiter(bias.values(), np.float32, len(bias))
