@@ -42,6 +42,7 @@ from llamastate.session import Session
 from llamastate.snapfile import Kind
 from llamastate.snapparts import CheckpointFlags, CheckpointRecord, is_row
 from llamastate.snapshot import Snapshot
+from llamastate.words import brief
 
 if TYPE_CHECKING:
     from llamastate.context import Context
@@ -171,9 +172,11 @@ class SessionManager(Closing):
     """
 
     def __init__(self, folder: str | os.PathLike[str], *, on_busy: str = "raise", timeout: float | None = None) -> None:
+        if not isinstance(folder, (str, bytes, os.PathLike)):
+            raise InvalidArgumentError(f"folder is {type(folder).__name__}, not a path", name="folder", value=folder)
         if on_busy not in ("raise", "wait"):
             raise InvalidArgumentError(
-                f"on_busy = {on_busy!r} is neither 'raise' nor 'wait'", name="on_busy", value=on_busy
+                f"on_busy = {brief(on_busy)} is neither 'raise' nor 'wait'", name="on_busy", value=on_busy
             )
         self._timeout = 0.0 if on_busy == "raise" else timeout
         try:
@@ -336,6 +339,10 @@ class SessionManager(Closing):
         Moves every byte of the state once, reads it once more for the checksums, and waits for the disk.
         """
         name = check_name(name)
+        if not isinstance(session, Session):
+            raise InvalidArgumentError(
+                f"session is {type(session).__name__}, not a Session", name="session", value=session
+            )
         with self._operation(name):
             return self._write(name, session, self._existing(name), sampler, metadata)
 
@@ -384,6 +391,18 @@ class SessionManager(Closing):
             The folder cannot be read.
         """
         return list_sessions(self.folder)
+
+    def __iter__(self) -> Iterator[str]:
+        """The names, in order."""
+        return (info.name for info in list_sessions(self.folder))
+
+    def __len__(self) -> int:
+        """How many sessions there are."""
+        return len(list_sessions(self.folder))
+
+    def __bool__(self) -> bool:
+        """Always true: an empty folder is a manager all the same."""
+        return True
 
     def __contains__(self, name: object) -> bool:
         try:
@@ -446,7 +465,9 @@ class SessionManager(Closing):
         path, other = self._look(name)
         if path is None and other is not None:
             raise SessionNameError(
-                f"{name!r} and {other!r} are one name to some disks", name=name, reason=f"there is {other!r}"
+                f"there is a session {other!r} already; {name!r} is the same name to some disks",
+                name=name,
+                reason=f"there is {other!r}",
             )
         return path
 

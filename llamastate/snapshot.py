@@ -50,7 +50,7 @@ from llamastate.snapparts import (
     logits_section,
     sampler_section,
 )
-from llamastate.state import SEQ_HEADER
+from llamastate.state import SEQ_HEADER, StateAPI
 from llamastate.statefiles import naming, reading, save
 
 if TYPE_CHECKING:
@@ -161,6 +161,7 @@ class Snapshot(Exporter, Closing):
         -----
         Moves every byte of the state once, with the GIL released; no checksum is computed before :meth:`seal`.
         """
+        _check_context(ctx)
         ids = as_tokens(tokens, ctx.model.n_vocab)
         items: list[tuple[int, int, Any]] = [(Kind.FINGERPRINT, 0, None), (Kind.TOKENS, 0, ids)]
         row = None if logits is None else logits_section(logits, ctx.model.n_vocab)
@@ -410,6 +411,7 @@ class Snapshot(Exporter, Closing):
         After an error the sequence, and all others, are as they were. Moves every byte once, and reads every byte once
         more the first time, to verify it.
         """
+        _check_context(ctx)
         with naming(self.path), ctx._handle as handle:
             state.check(handle, dest_seq_id, 0)
             dest = as_index(dest_seq_id, "dest_seq_id", InvalidArgumentError)
@@ -570,6 +572,11 @@ class _Checkpoints(Sequence[CheckpointRecord]):
         )
 
 
+def _check_context(ctx: object) -> None:
+    if not isinstance(ctx, StateAPI):
+        raise InvalidArgumentError(f"ctx is {type(ctx).__name__}, not a Context", name="ctx", value=ctx)
+
+
 # --- taking ---------------------------------------------------------------------------------------------------------
 
 
@@ -614,7 +621,7 @@ def _check_step(n: int, low: int, high: int, schema: Schema) -> None:
     reach = schema.window_start(n) if n and schema.kind == "iswa" else n
     if high != n - 1 or (wanted is not None and low != wanted) or low > reach:
         raise TokensMismatchError(
-            f"{n} tokens were given; the sequence holds positions {low} to {high}",
+            f"{n} tokens were given; the sequence " + ("is empty" if high < 0 else f"holds positions {low} to {high}"),
             n_tokens=n,
             pos_min=low,
             pos_max=high,

@@ -353,7 +353,9 @@ class StateAPI:
         seq_id : int
             In ``[0, n_seq_max)``.
         tokens : array-like of int
-            Stored beside the state: those that the sequence was decoded from, as a rule.
+            Stored beside the state: those that the sequence was decoded from, as a rule. Nobody checks that, for the
+            format leaves it open (none are fine, and images have fewer positions than tokens); ``Snapshot.take`` and
+            ``Session.export_file`` see to it.
 
         Returns
         -------
