@@ -161,7 +161,7 @@ class Session(SessionIO):
         -----
         A restore or a trim leaves none behind; the last token is decoded again then.
         """
-        with self._lock:
+        with self._turn():
             self._need_logits()
             return self._logits.copy()
 
@@ -190,7 +190,7 @@ class Session(SessionIO):
         NoKVSlotError, DecodeError, TokenizeError
             The session is as it was.
         """
-        with self._lock:
+        with self._turn():
             ids = self._ids(text_or_tokens, parse_special)
             if not len(ids):
                 return 0
@@ -216,7 +216,7 @@ class Session(SessionIO):
         NoKVSlotError, DecodeError, TokenizeError
             The session is as it was.
         """
-        with self._lock:
+        with self._turn():
             ids = as_tokens(tokens, self.ctx.model.n_vocab)
             self._check_step()
             shared = common_prefix(self._tokens, ids)
@@ -317,12 +317,12 @@ class Session(SessionIO):
         stopped: Callable[[], bool],
     ) -> Iterator[str]:
         model = self.ctx.model
-        with self._lock:
+        with self._turn():
             self._check_step()
             if limit:
                 self._need_logits()
         while len(made) < limit and text.stopped is None and not stopped():
-            with self._lock:
+            with self._turn():
                 self._check_step()
                 self._need_logits()
                 token = int(self._logits.argmax()) if sampler is None else sampler.sample_logits(self._logits)
@@ -336,7 +336,7 @@ class Session(SessionIO):
                 yield piece
         if rest := text.finish():
             yield rest
-        with self._lock:
+        with self._turn():
             self._anchor()
 
     # --- asyncio ------------------------------------------------------------------------------------------------------
@@ -380,7 +380,7 @@ class Session(SessionIO):
         trimmed, and the logits.
         """
         check_label(label)
-        with self._lock:
+        with self._turn():
             self._check_step()
             point = Checkpoint(self.n_past, label)
             self._keep_state(point, full=full)
@@ -400,7 +400,7 @@ class Session(SessionIO):
         HistoryError
             There are fewer; nothing has changed.
         """
-        with self._lock:
+        with self._turn():
             self._check_step()
             steps = as_index(n, "n", HistoryError)
             targets = [self._history.undo_target(i, self.n_past) for i in range(1, steps + 1)]
@@ -424,7 +424,7 @@ class Session(SessionIO):
         HistoryError
             There are fewer; nothing has changed.
         """
-        with self._lock:
+        with self._turn():
             self._check_step()
             steps = as_index(n, "n", HistoryError)
             if not 1 <= steps <= len(self._redo):
@@ -454,7 +454,7 @@ class Session(SessionIO):
         HistoryError
             There is no such point; nothing has changed.
         """
-        with self._lock:
+        with self._turn():
             self._check_step()
             if isinstance(target, Checkpoint):
                 if target not in list(self._history):

@@ -83,6 +83,17 @@ class SessionCore:
         """How many tokens the sequence holds: the position of the next."""
         return len(self._tokens)
 
+    @contextlib.contextmanager
+    def _turn(self) -> Iterator[None]:
+        """One operation at a time.
+
+        Where a busy context refuses, it is asked once, before anything has changed: a refusal in the middle could
+        not even be undone. Where it waits, others get their turn between the decodes.
+        """
+        handle = self.ctx._handle
+        with self._lock, handle if handle.raise_if_busy else contextlib.nullcontext():
+            yield
+
     def _check_step(self) -> None:
         """Make sure that nobody else has touched the sequence."""
         found = self.ctx.seq_pos_max(self.seq_id) + 1

@@ -52,7 +52,7 @@ class SessionIO(SessionCore):
         -------
         Snapshot
         """
-        with self._lock:
+        with self._turn():
             self._check_step()
             if self.n_past:
                 # so that the next token can be sampled at once wherever this is restored
@@ -76,7 +76,7 @@ class SessionIO(SessionCore):
         LoadError
             One of its subclasses says why; the session is as it was.
         """
-        with self._lock:
+        with self._turn():
             self._check_step()
             before = self._tokens
             try:

@@ -13,7 +13,7 @@ import pytest
 
 from llamastate import CheckpointRecord, Session, Snapshot
 from llamastate._native import decode, memory, state
-from llamastate.errors import CorruptStateError, InvalidArgumentError, NoKVSlotError
+from llamastate.errors import ContextBusyError, CorruptStateError, InvalidArgumentError, NoKVSlotError
 from tests.helpers import assert_same_logits, context, tokens
 
 OPERATIONS: dict[str, Callable[[Session, Snapshot], Any]] = {
@@ -112,6 +112,36 @@ def test_the_last_token_cannot_lose_its_cell() -> None:
             thread.join()
         assert session.n_past == 156
         assert greedy.n_past == 100
+
+
+@pytest.mark.parametrize("kind", ["dense", "iswa", "jamba"])
+def test_a_busy_context_refuses_at_once_or_not_at_all(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody who wants the context between two decodes of a session finds it busy, and not the session him."""
+    with context(kind, n_seq_max=2, n_batch=32, on_busy="raise") as ctx:
+        session = Session(ctx, checkpoint_every=0)
+        session.feed(tokens(40, 1))
+        step, refused = Session._decode, []
+
+        def intrude() -> None:
+            try:
+                with ctx._handle:
+                    refused.append(False)
+            except ContextBusyError:
+                refused.append(True)
+
+        def between(*arguments: Any, **options: Any) -> None:
+            step(*arguments, **options)
+            thread = threading.Thread(target=intrude)
+            thread.start()
+            thread.join()
+
+        monkeypatch.setattr(Session, "_decode", between)
+        session.feed(tokens(100, 2))
+        session.sync([*session.tokens[:70], *tokens(50, 3)])
+        session.rollback(60)
+        assert session.n_past == 60
+        assert len(refused) > 3
+        assert all(refused)
 
 
 @pytest.mark.parametrize("kind", ["dense", "iswa", "jamba", "mamba"])
