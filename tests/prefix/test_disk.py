@@ -1,0 +1,714 @@
+"""Entries on disk: there when they should be, never wrong, and gone in order."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from llamastate.errors import (
+    ClosedError,
+    CorruptStateError,
+    InvalidArgumentError,
+    SaveError,
+    StoreFullError,
+    VersionMismatchError,
+)
+from llamastate.prefix.disk import DiskTier
+from llamastate.prefix.entry import Entry, Kind, build
+from tests import children
+from tests.prefix.entries import ROOT, SIZE, anchor, block, chain
+
+
+@pytest.fixture
+def tier(tmp_path: Path) -> Iterator[DiskTier]:
+    with_files = DiskTier(tmp_path / "store")
+    yield with_files
+    with_files.close()
+
+
+def files(tier: DiskTier) -> list[Path]:
+    return sorted(Path(tier.path, "blocks").glob("*/*"))
+
+
+def file_of(tier: DiskTier, entry: Entry) -> Path:
+    return Path(tier.path, "blocks", entry.key.hex()[:2], entry.key.hex() + ".llblk")
+
+
+def sound(tier: DiskTier) -> None:
+    """Every file has its row and every row its file, and the totals are what they come to."""
+    rows = {row.key.hex(): row for row in tier.entries()}
+    assert {p.stem: p.stat().st_size for p in files(tier)} == {name: row.nbytes for name, row in rows.items()}
+    stats = tier.stats()
+    assert (stats.entries, stats.bytes) == (len(rows), sum(row.nbytes for row in rows.values()))
+
+
+def test_round_trip(tier: DiskTier):
+    entries = [*chain(5), anchor(ROOT, 0, 3)]
+    for entry in entries:
+        assert tier.put(entry)
+        assert not tier.put(entry)
+    assert tier.known([e.key for e in entries] + [b"x" * 32]) == {e.key for e in entries}
+    assert tier.tails(ROOT) == [3]
+    for entry in entries:
+        back = tier.get(entry.key)
+        assert back is not None
+        np.testing.assert_array_equal(back.image, entry.image)
+        assert file_of(tier, entry).read_bytes() == entry.image.tobytes()
+    assert tier.get(b"x" * 32) is None
+    stats = tier.stats()
+    assert (stats.blocks, stats.anchors, stats.entries) == (5, 1, 6)
+    assert (stats.reads, stats.hits, stats.writes, stats.damaged, stats.rebuilt) == (7, 6, 6, 0, 0)
+    assert stats.written_bytes == stats.read_bytes == stats.bytes == sum(e.nbytes for e in entries)
+    sound(tier)
+
+
+def test_sealed_before_it_is_written(tier: DiskTier):
+    ids = np.arange(SIZE, dtype=np.int32)
+    entry = build(Kind.BLOCK, key=b"k" * 32, parent=ROOT, root=ROOT, start=0, tokens=ids, rows=300)
+    entry.rows[:] = 9
+    assert tier.put(entry)
+    assert tier.get(b"k" * 32).rows.tolist() == [9] * 300
+
+
+def test_it_is_all_there_the_next_time(tmp_path: Path):
+    entries = chain(4)
+    with_old = DiskTier(tmp_path)
+    for entry in entries:
+        with_old.put(entry)
+    with_old.add_root(ROOT, '{"a": 1}', SIZE, "dense")
+    with_old.pin([entries[0].key])
+    with_old.close()
+    again = DiskTier(tmp_path)
+    assert again.known([e.key for e in entries]) == {e.key for e in entries}
+    (root,) = again.roots()
+    assert (root.root, json.loads(root.fingerprint), root.block_tokens, root.kind) == (ROOT, {"a": 1}, SIZE, "dense")
+    assert again.stats().pinned_bytes == entries[0].nbytes
+    assert again.stats().rebuilt == 0
+    again.close()
+    assert sorted(p.name for p in tmp_path.iterdir() if not p.name.endswith(".lock")) == [
+        "blocks",
+        "index.sqlite",
+        "roots",
+        "store.json",
+    ]
+
+
+def test_entries_of_one_root(tier: DiskTier):
+    other = b"else" * 8
+    mine, yours = chain(3), chain(2, seed="other", root=other)
+    for entry in mine + yours:
+        tier.put(entry)
+    assert [row.key for row in tier.entries(other)] == [e.key for e in yours]
+    assert [(row.start, row.tail, row.root) for row in tier.entries(ROOT)] == [(i * SIZE, SIZE, ROOT) for i in range(3)]
+    assert {root.root for root in tier.roots()} == {ROOT, other}
+
+
+def test_drop(tier: DiskTier):
+    entry = block()
+    assert not tier.drop(entry.key)
+    tier.put(entry)
+    tier.pin([entry.key])
+    assert tier.drop(entry.key)
+    assert tier.get(entry.key) is None
+    assert not files(tier)
+    assert tier.stats().pinned_bytes == 0
+
+
+# --- room -------------------------------------------------------------------------------------------------------------
+
+
+def limited(path: Path, n: float, **more: float) -> DiskTier:
+    return DiskTier(path, disk_bytes=int(n * block().nbytes), **more)
+
+
+def test_what_was_not_used_for_longest_goes(tmp_path: Path):
+    tier = limited(tmp_path, 10)
+    entries = [block(seed=i) for i in range(12)]
+    for entry in entries[:10]:
+        tier.put(entry)
+    tier.touch([entries[0].key, entries[2].key])
+    tier.put(entries[10])
+    assert entries[1].key not in tier.known([e.key for e in entries])
+    tier.put(entries[11])
+    left = tier.known([e.key for e in entries])
+    assert {entries[0].key, entries[2].key, entries[10].key, entries[11].key} <= left
+    assert tier.stats().bytes <= tier.disk_bytes
+    assert tier.stats().evictions == 12 - len(left)
+    sound(tier)
+    tier.close()
+
+
+def test_touches_are_written_by_themselves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from llamastate.prefix import disk
+
+    tier = limited(tmp_path, 10)
+    tier.put(block())
+    before = next(tier.entries()).used
+    tier.touch([block().key])
+    assert next(tier.entries()).used == before
+    monkeypatch.setattr(disk, "TOUCH_SECONDS", 0.0)
+    tier.touch([block().key])
+    assert next(tier.entries()).used > before
+    tier.close()
+
+
+def test_a_chain_keeps_its_beginning(tmp_path: Path):
+    """What does not fit is refused; what the new one stands on never goes for it."""
+    tier = limited(tmp_path, 10)
+    others = [block(seed=i) for i in range(10)]
+    for entry in others:
+        tier.put(entry)
+    entries = chain(15, seed="long")
+    for entry in entries[:10]:
+        assert tier.put(entry)
+    assert tier.known([e.key for e in entries]) == {e.key for e in entries[:10]}
+    with pytest.raises(StoreFullError) as caught:
+        tier.put(entries[10])
+    assert caught.value.path == str(tmp_path)
+    assert caught.value.needed == entries[10].nbytes
+    assert caught.value.available < entries[10].nbytes
+    # somebody else's are another matter: the later blocks go first
+    tier.put(block(seed="new"))
+    left = [e.key in tier.known([e.key for e in entries]) for e in entries[:10]]
+    assert left == sorted(left, reverse=True)
+    assert not all(left)
+    sound(tier)
+    tier.close()
+
+
+def test_pins_are_honoured(tmp_path: Path):
+    tier = limited(tmp_path, 4)
+    entries = [block(seed=i) for i in range(6)]
+    for entry in entries[:4]:
+        tier.put(entry)
+    assert tier.pin([e.key for e in entries[:3]]) == 3
+    other = DiskTier(tmp_path)  # another process would see them too
+    assert other.evict(10**9) == entries[3].nbytes
+    other.close()
+    tier.put(entries[4])
+    tier.pin([entries[4].key])
+    with pytest.raises(StoreFullError):
+        tier.put(entries[5])
+    assert tier.known([e.key for e in entries]) == {e.key for e in (*entries[:3], entries[4])}
+    assert tier.unpin([entries[0].key, b"nothing"]) == 1
+    assert tier.put(entries[5])
+    assert entries[0].key not in tier.known([entries[0].key])
+    tier.close()
+
+
+def test_too_big_for_any_room_evicts_nothing(tmp_path: Path):
+    tier = limited(tmp_path, 4)
+    entries = [block(seed=i) for i in range(4)]
+    for entry in entries:
+        tier.put(entry)
+    with pytest.raises(StoreFullError):
+        tier.put(block(seed="big", n_bytes=4000))
+    assert tier.known([e.key for e in entries]) == {e.key for e in entries}
+    tier.close()
+
+
+def test_anchors_take_their_share(tmp_path: Path):
+    tier = limited(tmp_path, 20, anchor_share=0.25)
+    for i in range(60):
+        tier.put(block(seed=i))
+        tier.put(anchor(ROOT, 0, i))
+    stats = tier.stats()
+    assert stats.bytes <= tier.disk_bytes
+    assert stats.anchor_bytes <= 0.25 * stats.bytes + 2 * anchor(ROOT, 0, 59).nbytes
+    assert stats.blocks > stats.anchors
+    sound(tier)
+    tier.close()
+
+
+def test_evict(tier: DiskTier):
+    for i in range(300):
+        tier.put(block(seed=i))
+    size = block().nbytes
+    assert tier.evict(0) == 0
+    assert tier.evict(1) == size
+    assert tier.evict(289 * size) == 289 * size  # more than goes in one transaction
+    assert tier.evict(10**9) == 10 * size
+    assert tier.evict(10**9) == 0
+    assert not files(tier)
+    with pytest.raises(InvalidArgumentError):
+        tier.evict(-1)
+
+
+def test_no_room_at_all(tmp_path: Path):
+    tier = DiskTier(tmp_path, disk_bytes=0)
+    with pytest.raises(StoreFullError):
+        tier.put(block())
+    assert tier.known([block().key]) == set()
+    tier.close()
+
+
+# --- a disk that does not take it -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES])
+def test_refused_by_the_disk(tier: DiskTier, code: int, monkeypatch: pytest.MonkeyPatch):
+    tier.put(block(seed="before"))
+    real = os.write
+
+    def fail(fd: int, data: bytes) -> int:
+        real(fd, data[: len(data) // 2])
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "write", fail)
+    with pytest.raises(StoreFullError, match=os.strerror(code)) as caught:
+        tier.put(block())
+    monkeypatch.undo()
+    assert caught.value.needed == block().nbytes
+    assert [p.stem for p in files(tier)] == [block(seed="before").key.hex()]  # and no litter
+    sound(tier)
+    assert tier.put(block())
+
+
+def test_the_index_is_full(tier: DiskTier):
+    """SQLite's own limit: what it says when the disk is full."""
+    tier.put(block(seed="before"))
+    writer = tier._index.database._writer()
+    (pages,) = writer.execute("PRAGMA page_count").fetchone()
+    writer.execute(f"PRAGMA max_page_count={pages}")
+    with pytest.raises(StoreFullError, match="full"):  # noqa: PT012
+        for i in range(100):
+            tier.put(block(seed=i))
+    sound(tier)
+    writer.execute("PRAGMA max_page_count=1000000")
+    assert tier.put(block(seed=99))
+    sound(tier)
+
+
+LIMIT = """
+import resource, sys
+from llamastate.errors import StoreFullError
+from llamastate.prefix.disk import DiskTier
+from tests.prefix.entries import block
+tier = DiskTier(sys.argv[1])
+tier.put(block(seed="before"))
+resource.setrlimit(resource.RLIMIT_FSIZE, (600_000, 600_000))     # no file may be longer, nor the index and its log
+try:
+    tier.put(block(seed="big", n_bytes=1_000_000))
+    sys.exit("it should have been refused")
+except StoreFullError as error:
+    print(error.needed)
+refused = 0
+for i in range(5000):
+    try:
+        tier.put(block(seed=i, n_bytes=10))
+    except StoreFullError:
+        refused += 1
+        if refused == 3:
+            break
+assert refused, "the index never met its limit"
+assert tier.get(block(seed="before").key) is not None
+assert tier.known([block(seed=0).key])
+print("done")
+"""
+
+
+def test_files_that_may_not_grow(tmp_path: Path):
+    """The kernel's own refusal, for blocks and for the index: nothing is left, and what was there can be read."""
+    result = children.run(LIMIT, tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == [str(block(n_bytes=1_000_000).nbytes), "done"]
+    again = DiskTier(tmp_path)
+    assert again.get(block(seed="before").key) is not None
+    sound(again)
+    assert again.put(block(seed="after"))
+    assert again.gc().temporary == 0
+    again.close()
+
+
+def test_a_folder_that_cannot_be_one(tmp_path: Path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(SaveError) as caught:
+        DiskTier(tmp_path / "file")
+    assert caught.value.path == str(tmp_path / "file")
+    with pytest.raises(SaveError):
+        DiskTier(tmp_path / "nul\0")
+    for share in (0, -1, 1.5):
+        with pytest.raises(InvalidArgumentError):
+            DiskTier(tmp_path / "x", anchor_share=share)
+    with pytest.raises(InvalidArgumentError):
+        DiskTier(tmp_path / "x", disk_bytes=-1)
+
+
+# --- damage -----------------------------------------------------------------------------------------------------------
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)
+
+
+DAMAGE: dict[str, Callable[[Path], object]] = {
+    "flipped": flip,
+    "short": lambda p: p.write_bytes(p.read_bytes()[:-1]),
+    "long": lambda p: p.write_bytes(p.read_bytes() + b"\0"),
+    "empty": lambda p: p.write_bytes(b""),
+    "header only": lambda p: p.write_bytes(p.read_bytes()[:256]),
+    "foreign": lambda p: p.write_bytes(b"GGUF" * 500),
+    "another": lambda p: p.write_bytes(block(seed="another").image.tobytes()),
+    "huge": lambda p: os.truncate(p, 1 << 42),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_damaged_files_are_dropped(tier: DiskTier, damage: Callable[[Path], object]):
+    entries = chain(3)
+    for entry in entries:
+        tier.put(entry)
+    damage(file_of(tier, entries[1]))
+    assert tier.get(entries[1].key) is None
+    assert tier.stats().damaged == 1
+    assert tier.known([e.key for e in entries]) == {entries[0].key, entries[2].key}
+    assert not file_of(tier, entries[1]).exists()
+    sound(tier)
+    assert tier.put(entries[1])
+    assert tier.get(entries[1].key) is not None
+
+
+def test_flipped_bits_never_come_through(tier: DiskTier):
+    chance = np.random.default_rng(2)
+    entry = block(n_bytes=2000)
+    for _ in range(200):
+        assert tier.put(entry)
+        path = file_of(tier, entry)
+        data = bytearray(path.read_bytes())
+        data[chance.integers(len(data))] ^= 1 << int(chance.integers(8))
+        path.write_bytes(data)
+        assert tier.get(entry.key) is None
+    sound(tier)
+
+
+def test_a_row_without_a_file(tier: DiskTier):
+    tier.put(block())
+    file_of(tier, block()).unlink()
+    assert tier.known([block().key]) == {block().key}
+    assert tier.get(block().key) is None
+    assert tier.known([block().key]) == set()
+    tier.put(block())
+    file_of(tier, block()).unlink()
+    assert not tier.put(block())  # its row is there: only the file is written again
+    assert tier.get(block().key) is not None
+    sound(tier)
+
+
+def test_a_block_of_a_newer_version_is_left_alone(tier: DiskTier):
+    import xxhash
+
+    tier.put(block())
+    path = file_of(tier, block())
+    data = bytearray(path.read_bytes())
+    data[8] = 2
+    data[224:240] = xxhash.xxh3_128_digest(bytes(data[:224]))
+    path.write_bytes(data)
+    assert tier.get(block().key) is None
+    assert tier.verify() == []
+    tier.gc()
+    tier.rebuild()
+    tier.gc()
+    assert path.read_bytes() == data
+
+
+@pytest.mark.parametrize("drop", [True, False])
+def test_verify(tier: DiskTier, drop: bool):
+    entries = chain(6)
+    for entry in entries:
+        tier.put(entry)
+    assert tier.verify() == []
+    flip(file_of(tier, entries[2]))
+    file_of(tier, entries[4]).unlink()
+    found = {damaged.key: damaged for damaged in tier.verify(drop=drop)}
+    assert set(found) == {entries[2].key, entries[4].key}
+    assert found[entries[2].key].path == str(file_of(tier, entries[2]))
+    assert "checksum" in found[entries[2].key].reason
+    assert "No such file" in found[entries[4].key].reason
+    assert tier.stats().entries == (4 if drop else 6)
+    if drop:
+        sound(tier)
+        assert tier.verify() == []
+
+
+def test_mended_meanwhile(tier: DiskTier, monkeypatch: pytest.MonkeyPatch):
+    """A sound file that has taken the place of the damaged one is not dropped in its stead."""
+    tier.put(block())
+    flip(file_of(tier, block()))
+    real = tier._folder.read
+
+    def read(key: bytes) -> Entry:
+        try:
+            return real(key)
+        finally:
+            other.drop(key)
+            other.put(block())
+
+    other = DiskTier(tier.path)
+    monkeypatch.setattr(tier._folder, "read", read)
+    assert tier.get(block().key) is None
+    monkeypatch.undo()
+    assert tier.get(block().key) is not None
+    other.close()
+
+
+# --- two at once ------------------------------------------------------------------------------------------------------
+
+
+def test_evicted_by_another_between_file_and_row(tier: DiskTier, monkeypatch: pytest.MonkeyPatch):
+    """The other had an entry of that name, has removed the row, and now removes what is the new file."""
+    real = tier._folder.write
+    monkeypatch.setattr(tier._folder, "write", lambda e: (real(e), monkeypatch.undo(), file_of(tier, e).unlink()))
+    assert tier.put(block())
+    assert tier.get(block().key) is not None
+    sound(tier)
+
+
+def test_put_again_while_it_is_evicted(tier: DiskTier, monkeypatch: pytest.MonkeyPatch):
+    tier.put(block())
+    other = DiskTier(tier.path)
+    real = tier._index.evict
+    monkeypatch.setattr(tier._index, "evict", lambda *a, **k: (real(*a, **k), other.put(block()))[0])
+    assert tier.evict(1) == block().nbytes
+    assert tier.get(block().key) is not None  # the file belongs to the new row
+    sound(tier)
+    other.close()
+
+
+def test_two_writers_keep_one(tier: DiskTier):
+    others = [DiskTier(tier.path) for _ in range(4)]
+    entries = chain(30)
+    new: list[bool] = []
+    threads = [
+        threading.Thread(target=lambda t=t: new.extend([t.put(entry) for entry in entries])) for t in [tier, *others]
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (len(new), sum(new)) == (150, 30)
+    sound(tier)
+    for other in others:
+        other.close()
+
+
+def test_its_folder_goes_while_it_is_written(tier: DiskTier, monkeypatch: pytest.MonkeyPatch):
+    """As a gc() of another process does with an empty one."""
+    real = os.makedirs
+    gone: list[str] = []
+
+    def makedirs(path: str, *args: object, **options: object) -> None:
+        real(path, *args, **options)
+        if not gone:
+            gone.append(path)
+            os.rmdir(path)
+
+    monkeypatch.setattr(os, "makedirs", makedirs)
+    assert tier.put(block())
+    assert gone
+    assert tier.get(block().key) is not None
+
+
+FORK = """
+import os, sys
+from llamastate.prefix.disk import DiskTier
+from tests.prefix.entries import block
+tier = DiskTier(sys.argv[1])
+tier.put(block(seed=0))
+tier.touch([block(seed=0).key])
+with tier._lock:                    # as another thread might, when the child is made
+    child = os.fork()
+    if child == 0:
+        ok = tier.get(block(seed=0).key) is not None and tier.put(block(seed=1)) and tier.stats().entries == 2
+        tier.flush()
+        tier.close()
+        os._exit(0 if ok else 1)
+_, status = os.waitpid(child, 0)
+assert status == 0, status
+assert tier.known([block(seed=1).key]) and tier.put(block(seed=2))
+tier.close()
+print("done")
+"""
+
+
+def test_fork(tmp_path: Path):
+    result = children.run(FORK, tmp_path)
+    assert (result.returncode, result.stdout) == (0, "done\n"), result.stderr
+
+
+# --- what crashes leave -----------------------------------------------------------------------------------------------
+
+
+def dead_pid() -> int:
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0)
+    os.waitpid(pid, 0)
+    return pid
+
+
+def test_gc(tier: DiskTier):
+    entries = chain(8)
+    for entry in entries:
+        tier.put(entry)
+    size = entries[0].nbytes
+    nothing = tier.gc()
+    assert (nothing.adopted, nothing.lost, nothing.damaged, nothing.temporary) == (0, 0, 0, 0)
+    # a writer died before the row, one damaged that; one died in the middle of a file; one is still at it
+    tier._index.remove([entries[1].key, entries[2].key])
+    flip(file_of(tier, entries[2]))
+    file_of(tier, entries[3]).unlink()
+    litter = file_of(tier, entries[4]).with_name(f".{'a' * 64}.llblk.{dead_pid()}-0123abcd.tmp")
+    alive = litter.with_name(f".{'b' * 64}.llblk.{os.getppid()}-0123abcd.tmp")
+    root = Path(tier.path, f".store.json.{dead_pid()}-0123abcd.tmp")
+    for path in (litter, alive, root):
+        path.write_bytes(bytes(100))
+    empty = Path(
+        tier.path, "blocks", next(f"{i:02x}" for i in range(256) if not Path(tier.path, "blocks", f"{i:02x}").exists())
+    )
+    empty.mkdir()
+    result = tier.gc()
+    assert (result.adopted, result.lost, result.damaged, result.temporary) == (1, 1, 1, 2)
+    assert result.folders >= 1
+    assert result.nbytes == size + 200
+    assert alive.exists()
+    assert not any(path.exists() for path in (litter, root, empty))
+    alive.unlink()
+    assert tier.known([e.key for e in entries]) == {e.key for i, e in enumerate(entries) if i not in (2, 3)}
+    sound(tier)
+    again = tier.gc()
+    assert (again.adopted, again.lost, again.damaged, again.temporary, again.nbytes) == (0, 0, 0, 0, 0)
+
+
+def test_gc_corrects_a_length(tier: DiskTier):
+    """Two writers of one key with different bytes (one knew the logits): the file of one, the row of the other."""
+    entry = block()
+    tier.put(entry)
+    other = build(
+        Kind.BLOCK, key=entry.key, parent=ROOT, root=ROOT, start=0, tokens=entry.tokens, rows=np.zeros(900, np.uint8)
+    )
+    from llamastate.prefix.entry import seal
+
+    seal(other)
+    file_of(tier, entry).write_bytes(other.image.tobytes())
+    assert tier.get(entry.key).nbytes == other.nbytes
+    assert tier.gc().adopted == 1
+    sound(tier)
+
+
+@pytest.mark.parametrize("how", ["lost", "damaged", "asked for"])
+def test_the_index_is_made_anew(tmp_path: Path, how: str):
+    tier = DiskTier(tmp_path)
+    entries = [*chain(20), anchor(ROOT, 0, 4)]
+    for entry in entries:
+        tier.put(entry)
+    tier.add_root(ROOT, "{}", SIZE, "iswa")
+    tier.pin([entries[0].key])
+    before = {row.key: row for row in tier.entries()}
+    flip_header = file_of(tier, entries[7])
+    data = bytearray(flip_header.read_bytes())
+    data[40] ^= 1
+    if how == "asked for":
+        tier.rebuild()
+    else:
+        tier.close()
+        flip_header.write_bytes(data)
+        if how == "lost":
+            (tmp_path / "index.sqlite").unlink()
+        else:
+            (tmp_path / "index.sqlite").write_bytes(os.urandom(10000))
+        tier = DiskTier(tmp_path)
+        del before[entries[7].key]
+    assert tier.stats().rebuilt == 1
+    after = {row.key: row for row in tier.entries()}
+    assert set(after) == set(before)
+    for key, row in after.items():
+        old = before[key]
+        assert (row.parent, row.root, row.kind, row.start, row.tail, row.nbytes) == (
+            old.parent,
+            old.root,
+            old.kind,
+            old.start,
+            old.tail,
+            old.nbytes,
+        )
+        assert abs(row.used - old.used) < 5_000_000  # by the times of the files
+    assert [(r.root, r.kind) for r in tier.roots()] == [(ROOT, "iswa")]
+    assert tier.tails(ROOT) == [4]
+    assert tier.stats().pinned_bytes == (entries[0].nbytes if how == "asked for" else 0)
+    tier.gc()
+    sound(tier)
+    assert tier.verify() == []
+    tier.close()
+
+
+def test_others_wait_while_it_is_made_anew(tmp_path: Path):
+    tier = DiskTier(tmp_path)
+    for entry in chain(50):
+        tier.put(entry)
+    tier.close()
+    (tmp_path / "index.sqlite").unlink()
+    counts: list[tuple[int, int]] = []
+
+    def opening() -> None:
+        one = DiskTier(tmp_path)
+        counts.append((one.stats().blocks, one.stats().rebuilt))
+        one.close()
+
+    threads = [threading.Thread(target=opening) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [blocks for blocks, _ in counts] == [50] * 6
+    assert sum(rebuilt for _, rebuilt in counts) == 1
+
+
+def test_a_newer_store_is_left_alone(tmp_path: Path):
+    DiskTier(tmp_path).close()
+    (tmp_path / "store.json").write_text('{"format": "llamastate prefix store", "version": 2, "more": []}')
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    with pytest.raises(VersionMismatchError) as caught:
+        DiskTier(tmp_path)
+    assert (caught.value.expected, caught.value.found) == (1, 2)
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[1]", '{"version": "1"}', "nonsense"])
+def test_a_store_that_does_not_say_what_it_is(tmp_path: Path, text: str):
+    DiskTier(tmp_path).close()
+    (tmp_path / "store.json").write_text(text)
+    with pytest.raises(CorruptStateError):
+        DiskTier(tmp_path)
+
+
+def test_durable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The contents and the name of every entry, and the log of the index, reach the disk."""
+    tier = DiskTier(tmp_path, durable=True)
+    synced: list[str] = []
+    real = os.fsync
+    monkeypatch.setattr(
+        os, "fsync", lambda fd: (synced.append(os.path.basename(os.readlink(f"/proc/self/fd/{fd}"))), real(fd))
+    )
+    tier.put(block())
+    name = block().key.hex()
+    assert [s.startswith(f".{name}") or s == name[:2] for s in synced] == [True, True]
+    tier.flush()
+    tier.close()
+
+
+def test_closed(tmp_path: Path):
+    tier = DiskTier(tmp_path)
+    tier.close()
+    tier.close()
+    for call in (lambda: tier.get(b"x" * 32), lambda: tier.put(block()), lambda: tier.known([]), tier.flush, tier.gc):
+        with pytest.raises(ClosedError):
+            call()
