@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from llamastate.layout import Schema
     from llamastate.state import StateAPI
 
-__all__ = ["check_base", "copy_sequence", "replace_sequence"]
+__all__ = ["check_base", "copy_sequence", "put_own", "replace_sequence"]
 
 
 class Room(NamedTuple):
@@ -111,6 +111,64 @@ def replace_sequence(
     lost = (room is None or room.blob is None) and not empty
     tail = f"; sequence {dest} is empty now" if lost else ""
     raise LoadError(f"llama.cpp refused the state: {problem}{tail}", reason=problem, removed=(dest,) if lost else ())
+
+
+def put_own(ctx: StateAPI, blob: npt.NDArray[np.uint8], dest: int, n_tokens: int) -> bool:
+    """Put a partial state back that was taken from this sequence, or validated for it, and has not changed since.
+
+    What is known already is not looked at again: to validate the bytes and to count the rows before them takes longer
+    than llama.cpp does to set a small state.
+
+    Parameters
+    ----------
+    ctx : StateAPI
+    blob : uint8[n]
+    dest : int
+        A sequence that begins with the ``n_tokens`` tokens of the state; of a recurrent model any.
+    n_tokens : int
+
+    Returns
+    -------
+    bool
+        False if this takes the careful way (:meth:`StateAPI.state_seq_set_data`); nothing has changed then.
+
+    Raises
+    ------
+    LoadError
+        ``dest`` is empty now.
+    """
+    schema = ctx.schema
+    with ctx._handle as handle:
+        info = SequenceInfo(
+            src_seq_id=dest,
+            n_cells=0,
+            n_window_cells=min(n_tokens, schema.n_swa),
+            has_recurrent=True,
+            pos_min=-1,
+            pos_max=n_tokens - 1,
+            first_pos=-1,
+            n_bytes=blob.nbytes,
+        )
+        usual = schema.has_partial or schema.kind == "recurrent"
+        if handle.moved_cells or schema.m_rope or not usual or not _obviously_fits(ctx, info, dest):
+            return False
+        handle.forget_outputs(dest)
+        try:
+            n = state.seq_set_data(handle, blob, dest, SeqFlags.PARTIAL_ONLY)
+            memory.seq_rm(handle, dest, n_tokens, -1)
+            high = memory.seq_pos_max(handle, dest)
+            # of a hybrid model the smallest position is the recurrent state's: it tells nothing of a window
+            low = memory.seq_pos_min(handle, dest) if schema.kind == "iswa" else 0
+        except BaseException:
+            memory.seq_rm(handle, dest, -1, -1)
+            raise
+        if n != blob.nbytes or high != n_tokens - 1 or low > schema.window_start(n_tokens):
+            memory.seq_rm(handle, dest, -1, -1)
+            problem = log.take_errors() or f"it read {n} of {blob.nbytes} bytes; positions {low} to {high}"
+            raise LoadError(
+                f"llama.cpp refused the state: {problem}; sequence {dest} is empty now", reason=problem, removed=(dest,)
+            )
+    return True
 
 
 def copy_sequence(ctx: StateAPI, src: int, dest: int) -> None:

@@ -79,6 +79,7 @@ _NAMES: dict[int, str] = {
 #: Without these nothing can be restored.
 _REQUIRED = frozenset((Kind.FINGERPRINT, Kind.TOKENS, Kind.STATE))
 _NO_CHECKSUM = bytes(16)
+_PADDING = bytes(ALIGNMENT)
 
 
 class Section(NamedTuple):
@@ -143,15 +144,15 @@ def write_table(image: memoryview, sections: Sequence[Section], *, flags: int = 
     int
         Bytes of the whole image.
     """
-    at = _HEADER_BYTES
-    for section in sections:
-        kind, section_flags, offset, length, detail, digest = section
-        _ENTRY.pack_into(image, at, kind, section_flags, offset, length, detail, 0, digest)
-        at += _ENTRY_BYTES
+    # in one piece: this comes right after a copy that has driven all else out of the caches
+    entries = b"".join([_ENTRY.pack(k, f, offset, n, d, 0, digest) for k, f, offset, n, d, digest in sections])
+    at = _HEADER_BYTES + len(entries)
+    image[_HEADER_BYTES:at] = entries
     table = _NO_CHECKSUM
-    for section in sections:
-        image[at : section.offset] = bytes(section.offset - at)
-        at = section.offset + section.length
+    for _, _, offset, length, _, _ in sections:
+        if offset > at:
+            image[at:offset] = _PADDING[: offset - at]
+        at = offset + length
     if flags & SEALED:
         end = _HEADER_BYTES + _ENTRY_BYTES * len(sections)
         table = checksum(image[_HEADER_BYTES:end])
