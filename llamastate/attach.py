@@ -3,6 +3,11 @@
 The object belongs to llama-cpp-python, which knows nothing of locks. As long as an attachment lives, the methods
 through which a ``Llama`` reaches its context take the attachment's lock; and what they do to the context is noted, so
 that nobody reads logits or takes states that it has made invalid. llama-cpp-python itself is never imported here.
+
+Each of those methods is one turn; a ``Llama.eval`` and the sampling that reads its logits are several. Whoever has
+threads puts them into ``with ctx.lock():``. What reads only the model (tokenising, samplers over a row of their own)
+takes no turn, for the model does not change; but a ``Llama`` that is closed meanwhile frees it under them, so that is
+the one thing not to do while other threads use it.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -175,6 +176,10 @@ yarn_beta_slow, yarn_orig_ctx
         -----
         After a restore the ``Llama`` does not know what its context holds: set its ``n_tokens`` and ``input_ids``
         yourself. Closing the attachment leaves the ``Llama`` as it is.
+
+        What takes turns is single calls of the ``Llama``'s methods. Where it reads its logits itself (``sample``, and
+        so ``generate`` between two evals) it takes no turn: wrap in :meth:`lock` what other threads must not come
+        between. Its model is read (``tokenize``, samplers) without a turn; close the ``Llama`` when no thread does so.
         """
         raise_if_busy = choice("on_busy", on_busy, {"wait": False, "raise": True})
         self = cls.__new__(cls)
@@ -186,6 +191,25 @@ yarn_beta_slow, yarn_orig_ctx
         return self
 
     # --- life ---------------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[Self]:
+        """Make several calls one turn: other threads get theirs after the ``with`` block.
+
+        Every method takes the lock by itself; what has to be true from one call to the next (logits that are still
+        those of the decode before, a sequence that nobody trims meanwhile) takes this. The thread may go on calling
+        methods of the context inside, and nest blocks. Of an attached context it also keeps the ``Llama``'s calls of
+        other threads out, and its own together: ``Llama.eval`` and the sampling after it are two turns otherwise.
+
+        Raises
+        ------
+        ContextBusyError
+            With ``on_busy="raise"``: another thread is using the context.
+        ClosedError
+            The context is closed.
+        """
+        with self._handle:
+            yield self
 
     @property
     def closed(self) -> bool:

@@ -261,3 +261,35 @@ print(ctx.decode([1]))
 """
     )
     assert (done.returncode, done.stdout.split(), done.stderr) == (0, ["interrupted", "1"], "")
+
+
+def test_several_calls_are_one_turn():
+    """Nobody comes between the calls inside, of which there may be any; afterwards it is everybody's again."""
+    expected = {}
+    for seq_id, text in ((0, tokens(20)), (1, tokens(9, seed=3))):
+        with context("dense", n_seq_max=2) as alone:
+            alone.decode(text, seq_id=seq_id)
+            expected[seq_id] = alone.logits()
+    with context("dense", n_seq_max=2) as ctx, ThreadPoolExecutor(1) as other:
+        with ctx.lock() as same, ctx.lock():
+            assert same is ctx
+            waits = other.submit(lambda: (ctx.decode(tokens(9, seed=3), seq_id=1), ctx.logits()))
+            ctx.decode(tokens(20))
+            with pytest.raises(futures.TimeoutError):
+                waits.result(0.1)
+            np.testing.assert_array_equal(ctx.logits(), expected[0])
+        assert_same_logits(waits.result(60)[1], expected[1])
+    with pytest.raises(ClosedError), ctx.lock():
+        pass
+
+
+def test_a_turn_of_several_calls_can_be_refused():
+    with context("dense", on_busy="raise") as ctx, Holder(ctx), pytest.raises(ContextBusyError), ctx.lock():
+        pass
+
+
+def test_closing_inside_a_turn():
+    with context("dense") as ctx:
+        with ctx.lock():
+            ctx.close()
+        assert ctx.closed

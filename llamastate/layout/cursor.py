@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
+from llamastate.arrays import as_bytes_view
 from llamastate.errors import BufferTooSmallError, CorruptStateError, InvalidBufferError
 
 __all__ = ["Borrowed", "Cursor", "Writer", "byte_view", "writable_bytes"]
@@ -32,15 +33,7 @@ def byte_view(buf: Any) -> memoryview:
     InvalidBufferError
         ``buf`` has no buffer protocol or is not C-contiguous.
     """
-    try:
-        view = memoryview(buf)
-    except (TypeError, ValueError, BufferError) as error:
-        raise InvalidBufferError(f"not a buffer: {error}", reason=str(error), type=type(buf).__name__) from None
-    if not view.c_contiguous:
-        raise InvalidBufferError("the buffer is not C-contiguous", reason="not contiguous", type=type(buf).__name__)
-    # memoryview.cast refuses shapes with a zero in them, although such a buffer is a valid one of no bytes.
-    flat = view.cast("B") if view.nbytes else memoryview(b"")
-    return flat.toreadonly()
+    return as_bytes_view(buf).toreadonly()
 
 
 class Borrowed:

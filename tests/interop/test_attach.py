@@ -254,6 +254,28 @@ def test_its_own_calls_take_turns(llm: llama_cpp.Llama, call: str):
     assert done.is_set()
 
 
+def test_its_eval_and_its_sampling_as_one_turn(llm: llama_cpp.Llama):
+    """It reads its logits without a lock of its own: another thread's decode would put others in their place."""
+    llm.eval(TEXT.tolist())
+    expected = llm.sample(temp=0)
+    llm.reset()
+    ctx = Context.attach(llm)
+    done = threading.Event()
+
+    def use() -> None:
+        ctx.decode([1, 2, 3])
+        done.set()
+
+    user = threading.Thread(target=use)
+    with ctx.lock():
+        user.start()
+        llm.eval(TEXT.tolist())
+        assert not done.wait(0.15)
+        assert llm.sample(temp=0) == expected
+    user.join()
+    assert done.is_set()
+
+
 def test_its_own_shift_is_pending(llm: llama_cpp.Llama):
     ctx = Context.attach(llm)
     llm.eval(TEXT.tolist())
