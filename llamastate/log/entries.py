@@ -300,9 +300,10 @@ def decode(data: bytes) -> Decoded:
         something else by a kind has to give it another name.
     """
     try:
-        return Decoded(_decoder.decode(data))
-    except msgspec.ValidationError:
-        return from_raw(_plain.decode(data))
+        try:
+            return Decoded(_decoder.decode(data))
+        except msgspec.ValidationError:
+            return from_raw(_plain.decode(data))
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 

@@ -105,6 +105,8 @@ class SQLiteLogStore:
         try:
             #: Absolute.
             self.path = os.path.abspath(os.fsdecode(path))
+            if "\0" in self.path:
+                raise ValueError("embedded null byte")
             exists_already = os.path.exists(self.path)
         except (TypeError, ValueError) as error:
             raise FileAccessError(f"cannot use {path!r:.120}: {error}", reason="not a path") from None
@@ -120,7 +122,7 @@ class SQLiteLogStore:
     # --- opening ------------------------------------------------------------------------------------------------------
 
     def _open(self) -> sqlite3.Connection:
-        _check_header(self.path)
+        check_header(self.path)
         with translated(self.path):
             if self._read_only:
                 return self._open_read_only()
@@ -140,7 +142,7 @@ class SQLiteLogStore:
     def _prepare(self, connection: sqlite3.Connection) -> None:
         if not self._is_ours(connection):
             # While the file is new its journal is an ordinary one: so its version is in the header and not in a -wal
-            # from the beginning on, where _check_header() finds it without touching anything.
+            # from the beginning on, where check_header() finds it without touching anything.
             connection.execute("BEGIN IMMEDIATE")
             if not self._is_ours(connection):  # nobody was faster
                 for statement in _SCHEMA:
@@ -392,8 +394,8 @@ def _try_wal(connection: sqlite3.Connection, *, patient: bool) -> bool:
     return True
 
 
-def _check_header(path: str) -> None:
-    """Refuse a file that is not ours, or a newer one, before SQLite touches it."""
+def check_header(path: str) -> None:
+    """Refuse a file that is not ours, or newer, before SQLite touches it."""
     try:
         with open(path, "rb") as file:
             head = file.read(100)
