@@ -194,8 +194,6 @@ class PrefixStore:
             raise TokensMismatchError(
                 f"sequence {seq} holds {what}", n_tokens=n, pos_min=ctx.seq_pos_min(seq), pos_max=held - 1
             )
-        if ctx._handle.shifted:
-            raise PendingUpdateError("positions were moved: decode before the rows are stored", operation="put")
         if held == n and n and chain.kind != "attention" and not any(a.n_tokens == n for a in anchors):
             anchors = [*anchors, AnchorState(n, None, None)]
         reader = RowReader(ctx, seq)
