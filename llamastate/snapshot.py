@@ -185,7 +185,7 @@ class Snapshot(Exporter, Closing):
             # the state comes last: so it has a place before its size is known
             *sections, last = snapfile.lay_out([*places, (Kind.STATE, 0, 0)])
             buffer, n = _fill(ctx, seq, len(ids), last.offset, out)
-        sections.append(last._replace(length=n))
+        sections.append(Section(last.kind, last.flags, last.offset, n, last.detail))
         span = Span(buffer, last.offset + n, True)
         with memoryview(span) as image:
             snapfile.write_table(image, sections)
