@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from llamastate import Session
 from tests import children
-from tests.helpers import context, tokens
+from tests.helpers import assert_same_logits, context, tokens
 
 #: Saves by turns the states of two texts of different lengths, and says so, until somebody ends it.
 SAVER = """
@@ -51,6 +52,49 @@ def test_killed_while_saving(run: int, tmp_path: Path):
             np.testing.assert_array_equal(ctx.state_seq_get_data(0), expected[len(ids)])
         # What was left of unfinished files is hidden and in nobody's way.
         assert all(left.name.startswith(".state.") for left in tmp_path.iterdir() if left != path)
+
+
+#: The same with sessions and their checkpoints.
+SESSION_SAVER = """
+import itertools
+from llamastate import Session
+from tests.helpers import context, tokens
+ctx = context("jamba", n_ctx=1024, n_seq_max=2)
+sessions = [Session(ctx, i, checkpoint_every=64) for i in range(2)]
+for session, n in zip(sessions, (300, 200)):
+    session.feed(tokens(n, seed=n))
+    session.checkpoint("here")
+
+def work(path, ready):
+    sessions[0].save(path)
+    ready()
+    for session in itertools.cycle(sessions):
+        session.save(path)
+"""
+
+
+def test_killed_while_saving_a_session(tmp_path: Path):
+    """Two hundred times: the session of before or the next, with its checkpoints; and its logits, so it goes on."""
+    path = tmp_path / "chat.llsnap"
+    chance = random.Random(5)
+    seen = set()
+    with context("jamba", n_ctx=1024) as ctx, children.Victims(SESSION_SAVER) as victims:
+        expected = {}
+        for n in (200, 300):
+            ctx.clear()
+            ctx.prefill(tokens(n, seed=n), chunk=64)
+            expected[n] = ctx.logits()
+        for _ in range(200):
+            victims.kill(path, chance.uniform(0, 0.01))
+            session = Session.load(ctx, path)
+            assert session.tokens.tolist() == tokens(session.n_past, seed=session.n_past).tolist()
+            assert [p.label for p in session.checkpoints] == ["here"]
+            assert_same_logits(session.logits, expected[session.n_past])
+            seen.add(session.n_past)
+    assert seen == {200, 300}
+    left = [name for name in tmp_path.iterdir() if name != path]
+    assert left, "or nothing was killed in the middle"
+    assert all(name.name.startswith(".chat.llsnap.") for name in left)
 
 
 def test_replaced_while_loading(tmp_path: Path):
