@@ -52,6 +52,8 @@ class Checkpoint:
     state: Any = field(default=None, repr=False)
     logits: npt.NDArray[np.float32] | None = field(default=None, repr=False)
     id: int = field(default_factory=lambda: next(_ids))
+    #: The state again, if it is known to be what it says: taken by the session itself, or validated when it was loaded.
+    sound: Any = field(default=None, repr=False)
 
     @property
     def nbytes(self) -> int:
@@ -61,7 +63,7 @@ class Checkpoint:
 
     def forget_state(self) -> None:
         """Become a mark: it can still be gone back to, by decoding again."""
-        self.kind, self.state, self.logits = "mark", None, None
+        self.kind, self.state, self.logits, self.sound = "mark", None, None, None
 
 
 @dataclass(frozen=True)
@@ -137,7 +139,8 @@ class History:
         """An independent history with the same checkpoints; states are shared, for they never change."""
         other = History(self._kind, self._n_swa, max_checkpoints=self._max_checkpoints, max_bytes=self._max_bytes)
         other._points = [
-            Checkpoint(p.n_tokens, p.label, p.automatic, p.kind, p.created_ns, p.state, p.logits) for p in self._points
+            Checkpoint(p.n_tokens, p.label, p.automatic, p.kind, p.created_ns, p.state, p.logits, sound=p.sound)
+            for p in self._points
         ]
         return other
 
@@ -229,17 +232,26 @@ class History:
                 return Plan(point.kind, point.n_tokens, n_tokens - point.n_tokens, point)
         return None
 
-    def undo_target(self, n: int, n_past: int) -> Checkpoint:
-        """The ``n``-th of the caller's checkpoints before where the session is.
+    def undo_targets(self, n: int, n_past: int) -> list[Checkpoint]:
+        """The last ``n`` of the caller's checkpoints before where the session is, the latest first.
+
+        Several at one point are one step.
 
         Raises
         ------
         HistoryError
             There are fewer.
         """
-        before = [p for p in self.named() if p.n_tokens < n_past]
-        # several checkpoints at one point are one step
-        steps = [p for i, p in enumerate(before) if i + 1 == len(before) or before[i + 1].n_tokens != p.n_tokens]
-        if not 1 <= n <= len(steps):
-            raise HistoryError(f"cannot undo {n} steps: there are {len(steps)}", asked=n, available=len(steps))
-        return steps[-n]
+        found: list[Checkpoint] = []
+        at = n_past
+        for point in reversed(self._points):
+            if not point.automatic and point.n_tokens < at:
+                found.append(point)
+                at = point.n_tokens
+                if len(found) == n:
+                    return found
+        if not found:
+            reason = "there are no checkpoints to go back to; call checkpoint() first"
+        else:
+            reason = f"cannot undo {n} steps: there are {len(found)}"
+        raise HistoryError(reason, asked=n, available=len(found))

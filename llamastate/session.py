@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, SupportsIndex, overload
 
 import numpy as np
 import numpy.typing as npt
 
 from llamastate.arrays import Int32Array, TokensLike, as_index, as_tokens
-from llamastate.errors import HistoryError, InvalidArgumentError, InvalidSequenceError
+from llamastate.errors import HistoryError, InvalidArgumentError, InvalidSequenceError, NoKVSlotError
 from llamastate.history import Checkpoint, History
-from llamastate.sampler import Sampler
+from llamastate.sampler import Sampler, SamplingParams
 from llamastate.sessioncore import check_label, common_prefix, count
 from llamastate.sessionio import SessionIO, in_thread
 from llamastate.textstream import TextStream
+from llamastate.words import brief
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -49,8 +50,8 @@ class Completion(str):
     ----------
     tokens : tuple of int
         What was generated and is now in the session. The text can be shorter: it ends before a stop string.
-    finish_reason : {"length", "stop", "eog"}
-        The limit was reached, a stop string was met, or the model ended.
+    finish_reason : {"length", "stop", "eog", "full"}
+        The limit was reached, a stop string was met, the model ended, or the context had no room for another token.
     """
 
     __slots__ = ("finish_reason", "tokens")
@@ -170,13 +171,13 @@ class Session(SessionIO):
 
     # --- going on -----------------------------------------------------------------------------------------------------
 
-    def feed(self, text_or_tokens: str | TokensLike, *, parse_special: bool = False) -> int:
+    def feed(self, text_or_tokens: str | bytes | TokensLike, *, parse_special: bool = False) -> int:
         """Append text or tokens.
 
         Parameters
         ----------
-        text_or_tokens : str or array-like of int
-            Text gets a BOS token where the model wants one, if the session is empty.
+        text_or_tokens : str, bytes or array-like of int
+            Text (UTF-8 if bytes) gets a BOS token where the model wants one, if the session is empty.
         parse_special : bool
             Read ``<|im_start|>`` and the like in text as control tokens.
 
@@ -244,7 +245,7 @@ class Session(SessionIO):
         self,
         max_tokens: int,
         *,
-        sampler: Sampler | None = None,
+        sampler: Sampler | SamplingParams | None = None,
         stop: str | Sequence[str] = (),
         stream: Literal[False] = False,
     ) -> Completion: ...
@@ -253,7 +254,7 @@ class Session(SessionIO):
         self,
         max_tokens: int,
         *,
-        sampler: Sampler | None = None,
+        sampler: Sampler | SamplingParams | None = None,
         stop: str | Sequence[str] = (),
         stream: Literal[True],
     ) -> Iterator[str]: ...
@@ -261,7 +262,7 @@ class Session(SessionIO):
         self,
         max_tokens: int,
         *,
-        sampler: Sampler | None = None,
+        sampler: Sampler | SamplingParams | None = None,
         stop: str | Sequence[str] = (),
         stream: bool = False,
     ) -> Completion | Iterator[str]:
@@ -271,8 +272,8 @@ class Session(SessionIO):
         ----------
         max_tokens : int
             At most.
-        sampler : Sampler, optional
-            How to choose; greedily if not given.
+        sampler : Sampler or SamplingParams, optional
+            How to choose; greedily if not given. Of parameters a sampler is made for this call.
         stop : str or sequence of str
             The text ends before the first of these, also where it straddles tokens. The tokens that spelt it stay in
             the session.
@@ -289,24 +290,39 @@ class Session(SessionIO):
         LogitsUnavailableError
             The session is empty: there is nothing to go on from.
         NoKVSlotError
-            The context is full; what was generated before stays.
+            The context has no room for even one token. One that fills up later ends the text, with what has been
+            generated until then and ``finish_reason`` "full".
         SamplerError
             No token is left to choose.
         """
         if stream:
             limit = count("max_tokens", max_tokens)
-            return self._pieces(limit, sampler, _text_stream(stop), [], _never)
+            return self._pieces(limit, self._sampler(sampler), _text_stream(stop), [], _never)
         return self._generate(max_tokens, sampler, stop, _never)
 
     def _generate(
-        self, max_tokens: int, sampler: Sampler | None, stop: str | Sequence[str], stopped: Callable[[], bool]
+        self,
+        max_tokens: int,
+        sampler: Sampler | SamplingParams | None,
+        stop: str | Sequence[str],
+        stopped: Callable[[], bool],
     ) -> Completion:
         limit = count("max_tokens", max_tokens)
         text = _text_stream(stop)
         made: list[int] = []
-        whole = "".join(self._pieces(limit, sampler, text, made, stopped))
+        ended: list[str] = []
+        whole = "".join(self._pieces(limit, self._sampler(sampler), text, made, stopped, ended))
         reason = "stop" if text.stopped is not None else "length" if len(made) == limit else "eog"
-        return Completion(whole, made, reason)
+        return Completion(whole, made, ended[0] if ended else reason)
+
+    def _sampler(self, given: Any) -> Sampler | None:
+        if isinstance(given, SamplingParams):
+            return Sampler(self.ctx.model, given)
+        if given is not None and not isinstance(given, Sampler):
+            raise InvalidArgumentError(
+                f"sampler is {type(given).__name__}, neither a Sampler nor SamplingParams", name="sampler", value=given
+            )
+        return given
 
     def _pieces(
         self,
@@ -315,6 +331,7 @@ class Session(SessionIO):
         text: TextStream,
         made: list[int],
         stopped: Callable[[], bool],
+        ended: list[str] | None = None,
     ) -> Iterator[str]:
         model = self.ctx.model
         with self._turn():
@@ -328,9 +345,16 @@ class Session(SessionIO):
                 token = int(self._logits.argmax()) if sampler is None else sampler.sample_logits(self._logits)
                 if model.is_eog(token):
                     break
-                with self._all_or_nothing():
-                    self._forget_future()
-                    self._advance(np.array([token], np.int32))
+                try:
+                    with self._all_or_nothing():
+                        self._forget_future()
+                        self._advance(np.array([token], np.int32))
+                except NoKVSlotError:
+                    if not made:
+                        raise
+                    if ended is not None:
+                        ended.append("full")
+                    break
                 made.append(token)
             if model.has_vocab and (piece := text.push(model.token_to_piece(token))):
                 yield piece
@@ -342,13 +366,13 @@ class Session(SessionIO):
     # --- asyncio ------------------------------------------------------------------------------------------------------
 
     async def agenerate(
-        self, max_tokens: int, *, sampler: Sampler | None = None, stop: str | Sequence[str] = ()
+        self, max_tokens: int, *, sampler: Sampler | SamplingParams | None = None, stop: str | Sequence[str] = ()
     ) -> Completion:
         """:meth:`generate` for asyncio: computes in a thread, the loop goes on. Cancelling ends it after a token."""
         return await in_thread(lambda stopped: self._generate(max_tokens, sampler, stop, stopped))
 
     async def astream(
-        self, max_tokens: int, *, sampler: Sampler | None = None, stop: str | Sequence[str] = ()
+        self, max_tokens: int, *, sampler: Sampler | SamplingParams | None = None, stop: str | Sequence[str] = ()
     ) -> AsyncIterator[str]:
         """:meth:`generate` with ``stream=True`` for asyncio; each piece is computed in a thread."""
         pieces: Iterator[str] = self.generate(max_tokens, sampler=sampler, stop=stop, stream=True)
@@ -403,9 +427,11 @@ class Session(SessionIO):
         with self._turn():
             self._check_step()
             steps = as_index(n, "n", HistoryError)
-            targets = [self._history.undo_target(i, self.n_past) for i in range(1, steps + 1)]
-            if not targets:
-                raise HistoryError(f"cannot undo {steps} steps", asked=steps, available=len(self.checkpoints))
+            if steps < 1:
+                raise HistoryError(
+                    f"cannot undo {brief(steps)} steps: at least one", asked=steps, available=len(self.checkpoints)
+                )
+            targets = self._history.undo_targets(steps, self.n_past)
             undone = [self._tokens, *(self._tokens[: t.n_tokens] for t in targets[:-1])]
             replayed = self._go_back(targets[-1].n_tokens)
             self._redo.extend(undone)
@@ -436,13 +462,13 @@ class Session(SessionIO):
             del self._redo[-steps:]
             return replayed
 
-    def rollback(self, target: Checkpoint | int) -> int:
+    def rollback(self, target: Checkpoint | int | str) -> int:
         """Go back to a checkpoint, or to a number of tokens.
 
         Parameters
         ----------
-        target : Checkpoint or int
-            Not past the present.
+        target : Checkpoint, int or str
+            Not past the present. Of the checkpoints that bear a label it is the last one that is not.
 
         Returns
         -------
@@ -458,8 +484,21 @@ class Session(SessionIO):
             self._check_step()
             if isinstance(target, Checkpoint):
                 if target not in list(self._history):
-                    raise HistoryError("no checkpoint of this session", asked=target, available=len(self.checkpoints))
+                    raise HistoryError(
+                        "no checkpoint of this session: it is another's, or it was dropped when other tokens took its "
+                        "place",
+                        asked=target,
+                        available=len(self.checkpoints),
+                    )
                 n_tokens = target.n_tokens
+            elif isinstance(target, str):
+                n_tokens = self._labelled(target).n_tokens
+            elif not isinstance(target, SupportsIndex):
+                raise HistoryError(
+                    f"target is {type(target).__name__}, neither a Checkpoint, a label nor a number of tokens",
+                    asked=target,
+                    available=len(self.checkpoints),
+                )
             else:
                 n_tokens = as_index(target, "target", HistoryError)
             if not 0 <= n_tokens <= self.n_past:
@@ -471,6 +510,13 @@ class Session(SessionIO):
             replayed = self._go_back(n_tokens)
             self._forget_future()
             return replayed
+
+    def _labelled(self, label: str) -> Checkpoint:
+        points = self.checkpoints
+        for point in reversed(points):
+            if point.label == label and point.n_tokens <= self.n_past:
+                return point
+        raise HistoryError(f"no checkpoint is labelled {brief(label)}", asked=label, available=len(points))
 
     def branch(self, dest_seq_id: int) -> Session:
         """Continue in another sequence as well, from here.

@@ -20,11 +20,12 @@ from llamastate.errors import (
     LogitsUnavailableError,
     NoKVSlotError,
     SequenceChangedError,
-    TokenizeError,
 )
 from llamastate.exactness import can_trim
 from llamastate.flags import SeqFlags
 from llamastate.history import Checkpoint, History, Plan
+from llamastate.restore import put_own
+from llamastate.state import StateAPI
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -55,6 +56,7 @@ class SessionCore:
         max_checkpoints: int = 32,
         max_checkpoint_bytes: int = 256 << 20,
     ) -> None:
+        check_context(ctx)
         self.ctx = ctx
         self.seq_id = as_index(seq_id, "seq_id", InvalidSequenceError)
         self._every = count("checkpoint_every", checkpoint_every)
@@ -94,12 +96,18 @@ class SessionCore:
         with self._lock, handle if handle.raise_if_busy else contextlib.nullcontext():
             yield
 
+    def _hint(self) -> str:
+        """What to do about a sequence in use, for whoever begins a session there."""
+        if self.n_past:
+            return ""
+        return f"; give tokens=, another seq_id, or ctx.seq_rm({self.seq_id}) first"
+
     def _check_step(self) -> None:
         """Make sure that nobody else has touched the sequence."""
         found = self.ctx.seq_pos_max(self.seq_id) + 1
         if found != self.n_past:
             raise SequenceChangedError(
-                f"sequence {self.seq_id} holds {found} tokens, the session {self.n_past}",
+                f"sequence {self.seq_id} holds {found} tokens, the session {self.n_past}{self._hint()}",
                 seq_id=self.seq_id,
                 expected=self.n_past,
                 found=found,
@@ -116,10 +124,8 @@ class SessionCore:
             self._redo = redo
             raise
 
-    def _ids(self, text_or_tokens: str | TokensLike, parse_special: bool) -> Int32Array:
-        if isinstance(text_or_tokens, bytes):
-            raise TokenizeError("text is bytes, not str", reason="not text")
-        if isinstance(text_or_tokens, str):
+    def _ids(self, text_or_tokens: str | bytes | TokensLike, parse_special: bool) -> Int32Array:
+        if isinstance(text_or_tokens, (str, bytes)):
             return self.ctx.model.tokenize(text_or_tokens, add_special=not self.n_past, parse_special=parse_special)
         return as_tokens(text_or_tokens, self.ctx.model.n_vocab)
 
@@ -129,9 +135,12 @@ class SessionCore:
         """Decode tokens after what is there. Fails without a trace."""
         start = self.n_past
         if start + len(ids) > self.ctx.n_ctx_seq and self.ctx.model.memory_kind != "recurrent":
-            raise NoKVSlotError(
-                f"{len(ids)} tokens after {start} do not fit {self.ctx.n_ctx_seq} cells", code=1, n_tokens=len(ids)
-            )
+            n_ctx = self.ctx.n_ctx_seq
+            if start >= n_ctx:
+                problem = f"the context is full: {start} of n_ctx = {n_ctx} cells are used"
+            else:
+                problem = f"{len(ids)} tokens after {start} do not fit {n_ctx} cells"
+            raise NoKVSlotError(f"{problem}; roll back or use a larger n_ctx", code=1, n_tokens=len(ids))
         parts = self._parts(start, len(ids))
         # Several decodes cannot be taken back together where a tail cannot be trimmed.
         anchor = None
@@ -243,7 +252,8 @@ class SessionCore:
         if not self.n_past or not (full or self._history.needs_states):
             return  # to an empty sequence there is always a way back
         flags = SeqFlags.NONE if full else SeqFlags.PARTIAL_ONLY
-        point.state = self.ctx.state_seq_get_data(self.seq_id, flags)
+        point.state = point.sound = self.ctx.state_seq_get_data(self.seq_id, flags)
+        point.state.flags.writeable = False
         point.kind = "full" if full else "partial"
         # The last token can be trimmed and decoded again to get its logits, but not out of a recurrent state.
         recurrent = self.ctx.model.is_recurrent or self.ctx.model.is_hybrid
@@ -265,7 +275,8 @@ class SessionCore:
         if plan.way == "nothing" and not plan.replay:
             return 0
         kept = self._keep() if plan.replay else None
-        before = (self._tokens, self._logits.copy() if self._has_logits else None)
+        # not copied: whoever has other logits without decoding puts another array in the place of this
+        before = (self._tokens, self._logits if self._has_logits else None)
         point = plan.checkpoint
         try:
             if plan.way == "trim":
@@ -274,13 +285,12 @@ class SessionCore:
             elif plan.way == "scratch":
                 self.ctx.seq_rm(self.seq_id)
             elif point is not None:
-                flags = SeqFlags.NONE if plan.way == "full" else SeqFlags.PARTIAL_ONLY
-                self.ctx.state_seq_set_data(point.state, self.seq_id, flags)
+                self._set_state(point)
             if plan.way != "nothing":
                 self._tokens = tokens[: plan.base]
                 self._has_logits = False
             if point is not None and point.logits is not None and point.n_tokens == len(tokens):
-                self._logits[:] = point.logits
+                self._logits = point.logits.copy()
                 self._has_logits = True
             if plan.replay:
                 self._advance(tokens[plan.base :])
@@ -291,6 +301,12 @@ class SessionCore:
                 self._take_back(*before, None)
             raise
         return plan.replay
+
+    def _set_state(self, point: Checkpoint) -> None:
+        if point.kind == "full":
+            self.ctx.state_seq_set_data(point.state, self.seq_id)
+        elif point.sound is not point.state or not put_own(self.ctx, point.state, self.seq_id, point.n_tokens):
+            self.ctx.state_seq_set_data(point.state, self.seq_id, SeqFlags.PARTIAL_ONLY)
 
     def _keep(self) -> Kept:
         return Kept(
@@ -313,6 +329,13 @@ class SessionCore:
             self._logits[:] = kept.logits
 
 
+def check_context(ctx: object) -> None:
+    """Refuse what is no context."""
+    # by what it has: the class itself is made of modules that come after this one
+    if not isinstance(ctx, StateAPI):
+        raise InvalidArgumentError(f"ctx is {type(ctx).__name__}, not a Context", name="ctx", value=ctx)
+
+
 def count(name: str, value: object) -> int:
     """Turn an argument into a number that is not negative, or raise :class:`InvalidArgumentError`."""
     number = as_index(value, name, InvalidArgumentError)
@@ -328,7 +351,8 @@ def check_label(label: object) -> None:
             return
     except UnicodeEncodeError:  # lone surrogates
         pass
-    raise InvalidArgumentError(f"label = {label!r:.80} is no text", name="label", value=label)
+    problem = "not valid Unicode" if isinstance(label, str) else f"{type(label).__name__}, not str"
+    raise InvalidArgumentError(f"label is {problem}", name="label", value=label)
 
 
 def common_prefix(a: Int32Array, b: Int32Array) -> int:

@@ -14,7 +14,7 @@ from llamastate import layout, sessionfiles
 from llamastate.errors import CorruptStateError, LlamaStateError
 from llamastate.history import Checkpoint
 from llamastate.sampler import Sampler
-from llamastate.sessioncore import SessionCore
+from llamastate.sessioncore import SessionCore, check_context
 from llamastate.snapshot import CheckpointFlags, CheckpointRecord, Snapshot
 
 if TYPE_CHECKING:
@@ -115,6 +115,7 @@ class SessionIO(SessionCore):
             schema = self.ctx.schema
             partial = point.kind == "partial" and schema.has_partial
             found = layout.validate_sequence(point.state, schema, self.ctx.limits, partial=partial).pos_max + 1
+            point.sound = point.state
         if not found == point.n_tokens <= n_tokens:
             raise _corrupt(f"checkpoint {i}", f"a state of {found} tokens for {point.n_tokens} of {n_tokens}")
         if point.logits is not None:
@@ -180,6 +181,7 @@ class SessionIO(SessionCore):
     @classmethod
     def from_snapshot(cls, ctx: Context, snapshot: Snapshot, *, seq_id: int = 0, **options: Any) -> Self:
         """Begin a session as what the snapshot is of; :meth:`load` with the file opened already."""
+        check_context(ctx)
         with ctx._handle:
             self = cls._unchecked(ctx, seq_id, **options)
             self._adopt(snapshot)
@@ -215,6 +217,7 @@ class SessionIO(SessionCore):
         Such files carry no logits. The first :meth:`Session.generate` decodes the last token again; of a recurrent or
         hybrid model all tokens.
         """
+        check_context(ctx)
         with ctx._handle:
             self = cls._unchecked(ctx, seq_id, **options)
             self._tokens = sessionfiles.load_file(ctx, path, self.seq_id)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,10 +15,14 @@ from llamastate import (
     Context,
     LlamaStateError,
     Model,
+    NoKVSlotError,
     Sampler,
     SamplerError,
+    SamplingParams,
     Session,
+    SessionManager,
     Snapshot,
+    __version__,
 )
 from llamastate.cli import main
 from llamastate.words import brief
@@ -254,3 +260,116 @@ def test_logits_that_are_not_there() -> None:
         ctx.state_seq_set_data(ctx.state_seq_get_data(0), 0)
         assert "decode the last token again" in said(ctx.logits)
     assert said(lambda: ctx.seq_rm(0)) == "the context is closed"
+
+
+# --- sessions -------------------------------------------------------------------------------------------------------
+
+
+def test_things_that_belong_elsewhere(ctx: Context, tmp_path: Path) -> None:
+    """No attribute error, whatever was taken for something else."""
+    snapshot = Snapshot.take(ctx, 0, IDS)
+    session = Session(ctx, tokens=IDS)
+    manager = SessionManager(tmp_path)
+    for action, text in (
+        (lambda: Session(ctx.model), "ctx is Model, not a Context"),
+        (lambda: Session("x"), "ctx is str, not a Context"),
+        (lambda: Session.load(ctx.model, tmp_path / "x"), "cannot read"),
+        (lambda: Session.from_snapshot("x", snapshot), "ctx is str, not a Context"),
+        (lambda: Session.import_file("x", tmp_path / "x"), "ctx is str, not a Context"),
+        (lambda: snapshot.restore(1, ctx), "ctx is int, not a Context"),
+        (lambda: Snapshot.take(0, ctx, IDS), "ctx is int, not a Context"),
+        (lambda: session.generate(8, sampler=0.8), "sampler is float, neither a Sampler nor SamplingParams"),
+        (lambda: manager.save("alice", "x"), "session is str, not a Session"),
+        (lambda: SessionManager(None), "folder is NoneType, not a path"),
+        (lambda: session.checkpoint(5), "label is int, not str"),
+        (lambda: session.rollback([]), "target is list, neither a Checkpoint, a label nor a number of tokens"),
+        (lambda: session.rollback("a"), "no checkpoint is labelled 'a'"),
+        (session.undo, "there are no checkpoints to go back to; call checkpoint() first"),
+        (lambda: Session(ctx), "; give tokens=, another seq_id, or ctx.seq_rm(0) first"),
+        (lambda: Snapshot.take(ctx, 1, IDS), "the sequence is empty"),
+    ):
+        assert text in said(action)
+
+
+def test_parameters_serve_as_a_sampler(chat: Model) -> None:
+    with context(chat) as ctx:
+        texts = []
+        for sampler in (SamplingParams(temperature=0.8, seed=3), Sampler(chat, temperature=0.8, seed=3)):
+            session = Session(ctx)
+            session.feed(b"Once upon")  # bytes are text in UTF-8
+            texts += [session.generate(6, sampler=sampler)]
+            ctx.seq_rm(0)
+            session = Session(ctx)
+            session.feed("Once upon")
+            texts += ["".join(session.generate(6, sampler=SamplingParams(temperature=0.8, seed=3), stream=True))]
+            ctx.seq_rm(0)
+        assert len({str(text) for text in texts}) == 1
+
+
+@pytest.mark.parametrize("kind", ["dense", "iswa", "jamba"])
+def test_a_full_context_ends_generation(kind: str) -> None:
+    """With what has been generated; only a context that has no room at all is an error."""
+    with context(kind, n_ctx=256) as ctx:
+        session = Session(ctx)
+        session.feed(tokens(250))
+        done = session.generate(20)
+        assert (done.finish_reason, len(done.tokens)) == ("full", 6)
+        assert tuple(session.tokens[250:]) == done.tokens
+        with pytest.raises(NoKVSlotError) as caught:
+            session.generate(1)
+        expected = "the context is full: 256 of n_ctx = 256 cells are used; roll back or use a larger n_ctx"
+        assert str(caught.value) == expected
+        assert session.n_past == 256
+        session.rollback(250)
+        assert list(session.generate(20, stream=True)) == []  # this model has no text
+        assert session.n_past == 256
+        session.rollback(250)
+        assert asyncio.run(session.agenerate(20)) == done
+        assert session.generate(0).finish_reason == "length"
+
+
+def test_rollback_to_a_label() -> None:
+    with context("dense") as ctx:
+        session = Session(ctx)
+        for at, label in ((8, "a"), (16, "b"), (24, "a")):
+            session.feed(tokens(8, seed=at))
+            session.checkpoint(label)
+        session.feed([1])
+        session.rollback("a")
+        assert session.n_past == 24
+        session.rollback("b")
+        assert session.n_past == 16
+        session.feed([1, 2])
+        assert session.rollback("a") == 0
+        assert session.n_past == 8
+        lost = session.checkpoint("lost")
+        session.rollback(4)
+        session.feed([1])
+        assert "dropped when other tokens took its place" in said(lambda: session.rollback(lost))
+        assert session.n_past == 5
+
+
+def test_a_manager_is_a_collection_of_names(tmp_path: Path) -> None:
+    with context("dense") as ctx:
+        manager = SessionManager(tmp_path)
+        assert (list(manager), len(manager), bool(manager)) == ([], 0, True)
+        for name in ("bob", "alice"):
+            manager.create(name, ctx, system_prompt=IDS)
+            ctx.seq_rm(0)
+        assert list(manager) == ["alice", "bob"]
+        assert len(manager) == 2
+        assert "alice" in manager
+        assert "carol" not in manager
+        assert said(lambda: manager.create("Alice", ctx)).startswith("there is a session 'alice' already;")
+
+
+def test_verify_for_programs(files: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", "--json", str(files["llsnap"]), str(files["text"])]) == 1
+    good, bad = json.loads(capsys.readouterr().out)
+    assert (good["path"], good["ok"], good["error"]) == (str(files["llsnap"]), True, None)
+    assert (bad["ok"], bad["checked"]) == (False, None)
+    assert "neither" in bad["error"]
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out == f"llamastate {__version__}\n"

@@ -288,9 +288,12 @@ def test_folder_that_cannot_be_written(nobody: Path, ctx: Context) -> None:
 
 def test_folder_that_is_none(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
-    for bad in (tmp_path / "file", tmp_path / "file" / "x", "a\0b", 3, None):
+    for bad in (tmp_path / "file", tmp_path / "file" / "x", "a\0b"):
         with pytest.raises(SaveError):
-            SessionManager(bad)  # type: ignore[arg-type]
+            SessionManager(bad)
+    for no_path in (3, None):
+        with pytest.raises(InvalidArgumentError):
+            SessionManager(no_path)  # type: ignore[arg-type]
     with pytest.raises(StateFileNotFoundError):
         list_sessions(tmp_path / "none")
     with pytest.raises(FileAccessError):

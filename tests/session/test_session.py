@@ -284,7 +284,7 @@ class TestGenerate:
         with pytest.raises(InvalidArgumentError):
             session.generate(3, stop=["a", ""])
         with pytest.raises(TokenizeError):
-            session.feed(b"bytes")  # type: ignore[arg-type]
+            session.feed([1.5])
         session.rollback(0)
         with pytest.raises(LogitsUnavailableError):
             session.generate(1)
