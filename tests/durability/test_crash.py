@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import random
-import time
 from pathlib import Path
 
 import numpy as np
-import pytest
 
 from llamastate import Session
 from tests import children
@@ -31,27 +29,42 @@ with context("dense") as ctx:
 """
 
 
-@pytest.mark.parametrize("run", range(3))
-def test_killed_while_saving(run: int, tmp_path: Path):
-    """Ten times each, at any moment after the first save: fixed seeds, but where it hits is chance."""
+STATE_SAVER = """
+import itertools
+from tests.helpers import context, tokens
+ctx = context("dense")
+blobs = []
+for n in (300, 200):
+    ctx.clear()
+    ctx.prefill(tokens(n, seed=n))
+    blobs.append((ctx.state_get_data(), tokens(n, seed=n)))
+
+def work(path, ready):
+    for i, (blob, ids) in enumerate(itertools.cycle(blobs)):
+        ctx.state_set_data(blob)
+        ctx.state_seq_save_file(path, 0, ids)
+        if not i:
+            ready()
+"""
+
+
+def test_killed_while_saving(tmp_path: Path):
+    """A hundred times, at any moment after the first save."""
     path = tmp_path / "state"
-    chance = random.Random(run)
-    with context("dense") as ctx:
+    chance = random.Random(0)
+    with context("dense") as ctx, children.Victims(STATE_SAVER) as victims:
         expected = {}
         for n in (200, 300):
             ctx.clear()
             ctx.prefill(tokens(n, seed=n))
             expected[n] = ctx.state_seq_get_data(0)
-        for _ in range(10):
-            with children.start(SAVER, path) as process:
-                assert process.stdout.readline() == "saved\n"
-                time.sleep(chance.uniform(0, 0.01))
-                process.kill()
+        for _ in range(100):
+            victims.kill(path, chance.uniform(0, 0.01))
             ids, _ = ctx.state_seq_load_file(path, 0)
             assert ids.tolist() == tokens(len(ids), seed=len(ids)).tolist()
             np.testing.assert_array_equal(ctx.state_seq_get_data(0), expected[len(ids)])
-        # What was left of unfinished files is hidden and in nobody's way.
-        assert all(left.name.startswith(".state.") for left in tmp_path.iterdir() if left != path)
+    # What was left of unfinished files is hidden and in nobody's way.
+    assert all(left.name.startswith(".state.") for left in tmp_path.iterdir() if left != path)
 
 
 #: The same with sessions and their checkpoints.
