@@ -244,6 +244,7 @@ class Database:
         try:
             connection.execute("PRAGMA journal_mode=OFF")
             connection.execute("PRAGMA synchronous=OFF")
+            connection.execute(f"PRAGMA cache_size=-{16 * CACHE}")  # keys come in no order; for a moment only
             connection.executescript(self._schema)
             connection.execute("BEGIN")
             self.refilled += bool(self._fill(connection))

@@ -16,11 +16,12 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from llamastate.atomic import unfinished, write_atomically
 from llamastate.errors import CorruptStateError, LoadError, VersionMismatchError
@@ -28,7 +29,7 @@ from llamastate.prefix.chain import KEY_BYTES
 from llamastate.prefix.entry import HEADER_BYTES, Entry, read, read_header
 from llamastate.prefix.index import Root, Row
 
-__all__ = ["FORMAT", "SUFFIX", "Bucket", "Folder", "Identity"]
+__all__ = ["FORMAT", "SUFFIX", "Allocate", "Bucket", "Folder", "Identity"]
 
 FORMAT = 1
 SUFFIX = ".llblk"
@@ -38,6 +39,8 @@ _TEMPORARY = re.compile(r"\..+\.(?P<pid>\d+)-[0-9a-f]{8}\.tmp", re.DOTALL)
 #: How often a file is begun whose folder, or which itself, somebody else has tidied away meanwhile.
 _TRIES = 3
 
+#: Gives at least so many bytes, contiguous, to be written to.
+Allocate = Callable[[int], npt.NDArray[np.uint8]]
 #: What tells a file from another of the same name.
 Identity = tuple[int, int, int]
 
@@ -114,8 +117,8 @@ class Folder:
         name = key.hex()
         return os.path.join(self.blocks, name[:2], name + SUFFIX)
 
-    def read(self, key: bytes) -> Entry:
-        """Read an entry into memory of its own and verify every byte.
+    def read(self, key: bytes, allocate: Allocate | None = None) -> Entry:
+        """Read an entry into memory of its own, or into ``allocate(n_bytes)``, and verify every byte.
 
         Not mapped: whoever cut the file short under a mapping would end this process.
 
@@ -131,7 +134,7 @@ class Folder:
         path = self.file(key)
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            return _read(fd, os.fstat(fd).st_size, key)
+            return _read(fd, os.fstat(fd).st_size, key, allocate)
         except LoadError as error:
             error.path = path
             raise
@@ -213,7 +216,7 @@ def row_of(entry: Entry, used: int, nbytes: int | None = None) -> Row:
     return Row(entry.key, entry.parent, entry.root, entry.kind, entry.start, entry.tail, size, used)
 
 
-def _read(fd: int, size: int, key: bytes) -> Entry:
+def _read(fd: int, size: int, key: bytes, allocate: Allocate | None) -> Entry:
     header = os.pread(fd, HEADER_BYTES, 0)
     entry = read_header(header)
     # before memory is taken for what a file only pretends to be
@@ -221,7 +224,7 @@ def _read(fd: int, size: int, key: bytes) -> Entry:
         raise _damage(f"{size} bytes, not {sum(entry.bounds[-1])}", "end")
     if entry.key != key:
         raise _damage("it is another entry", "header")
-    image = np.empty(size, np.uint8)
+    image = np.empty(size, np.uint8) if allocate is None else allocate(size)[:size]
     view, at = memoryview(image), 0  # type: ignore[arg-type,unused-ignore]
     while at < size:
         n = os.preadv(fd, [view[at:]], at) if hasattr(os, "preadv") else _pread(fd, view[at:], at)

@@ -69,6 +69,14 @@ def test_round_trip(tier: DiskTier):
     sound(tier)
 
 
+def test_read_into_memory_of_the_callers(tier: DiskTier):
+    tier.put(block())
+    memory = np.zeros(10_000, np.uint8)
+    back = tier.get(block().key, allocate=lambda n: memory[:n])
+    assert np.shares_memory(back.image, memory)
+    np.testing.assert_array_equal(memory[: back.nbytes], block().image)
+
+
 def test_sealed_before_it_is_written(tier: DiskTier):
     ids = np.arange(SIZE, dtype=np.int32)
     entry = build(Kind.BLOCK, key=b"k" * 32, parent=ROOT, root=ROOT, start=0, tokens=ids, rows=300)
@@ -445,9 +453,9 @@ def test_mended_meanwhile(tier: DiskTier, monkeypatch: pytest.MonkeyPatch):
     flip(file_of(tier, block()))
     real = tier._folder.read
 
-    def read(key: bytes) -> Entry:
+    def read(key: bytes, allocate: object) -> Entry:
         try:
-            return real(key)
+            return real(key, allocate)
         finally:
             other.drop(key)
             other.put(block())
