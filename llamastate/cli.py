@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from datetime import datetime, timezone
 from typing import Any
 
-from llamastate import __version__, layout, snapfile
+from llamastate import __version__, layout, logcli, snapfile
 from llamastate.errors import BadMagicError, CorruptStateError, LlamaStateError, MediaTokensError
 from llamastate.layout.infer import identify
 from llamastate.layout.known import what_is
@@ -95,6 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     sessions.add_argument("folder", metavar="FOLDER")
     sessions.add_argument("--json", action="store_true", help="for programs")
     sessions.set_defaults(run=_sessions)
+    logcli.add_commands(commands, _EPILOG, form)
     return parser
 
 

@@ -48,6 +48,7 @@ from llamastate.log.items import (
 from llamastate.log.jsonl import Imported, export_jsonl, export_lines, import_jsonl
 from llamastate.log.memory import MemoryLogStore
 from llamastate.log.rescue import salvage
+from llamastate.log.resuming import Resumed, branch, lock_session, render, resume, resume_log, sync_text
 from llamastate.log.sessionlog import SessionLog, new_session_id
 from llamastate.log.sqlite import SQLiteLogStore
 from llamastate.log.store import Head, LogInfo, LogStore
@@ -70,6 +71,7 @@ __all__ = [
     "LogStore",
     "MemoryLogStore",
     "RestoredState",
+    "Resumed",
     "RunOutcome",
     "SQLiteLogStore",
     "SessionLog",
@@ -82,6 +84,7 @@ __all__ = [
     "UnknownEntry",
     "UserInput",
     "assistant",
+    "branch",
     "canonical",
     "chain",
     "chain_hash",
@@ -92,9 +95,14 @@ __all__ = [
     "group",
     "import_jsonl",
     "item_kind",
+    "lock_session",
     "new_session_id",
     "reasoning",
+    "render",
+    "resume",
+    "resume_log",
     "salvage",
+    "sync_text",
     "to_messages",
     "tool_call",
     "tool_result",

@@ -1,0 +1,406 @@
+"""From a log to a live session: the newest state that still serves, and a decode of what came after it.
+
+A log records items, not tokens: which tokens they are, a chat template decides. So the history is rendered anew, and
+what the saved state was decoded from is compared with that. Whatever the template does, the session then holds the
+tokens of the rendered history and nothing else; a state only saves decoding what it shares with them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from llamastate.arrays import Int32Array, TokensLike, as_tokens
+from llamastate.errors import (
+    CorruptStateError,
+    FingerprintMismatchError,
+    InvalidArgumentError,
+    LlamaStateError,
+    StateFileNotFoundError,
+)
+from llamastate.fingerprint import Fingerprint, require_same
+from llamastate.log.chaining import HASH_BYTES
+from llamastate.log.folding import RestoredState, StateReference
+from llamastate.log.items import item_kind, to_messages
+from llamastate.log.memory import moved
+from llamastate.log.sessionlog import SessionLog
+from llamastate.log.store import LogStore
+from llamastate.session import Session, SyncResult
+from llamastate.snapshot import Snapshot
+
+if TYPE_CHECKING:
+    from llamastate.context import Context
+    from llamastate.model import Model
+
+__all__ = ["Resumed", "branch", "lock_session", "render", "resume", "resume_log", "sync_text"]
+
+_log = logging.getLogger("llamastate.log")
+
+#: Gives the text of a conversation, or its tokens.
+Renderer = Callable[[RestoredState], "str | TokensLike"]
+
+
+class Resumed(NamedTuple):
+    """A session that was brought back, and how.
+
+    Attributes
+    ----------
+    session : Session
+    log : SessionLog
+    state : RestoredState
+        What the log folds to.
+    source : StateReference or None
+        The state that was restored; None if everything was decoded.
+    sync : SyncResult
+        What was reused of it, and what was decoded.
+    skipped : tuple of (StateReference, LlamaStateError)
+        Newer states that did not serve, and why.
+    """
+
+    session: Session
+    log: SessionLog
+    state: RestoredState
+    source: StateReference | None
+    sync: SyncResult
+    skipped: tuple[tuple[StateReference, LlamaStateError], ...]
+
+
+def lock_session(
+    log: SessionLog, session: Session, path: str | os.PathLike[str], *, locked_prefix_len: int | None = None
+) -> str:
+    """Save a session's state to a file, and record in its log that it is there.
+
+    Parameters
+    ----------
+    log : SessionLog
+    session : Session
+        That holds the log's history, or the beginning of it.
+    path : path-like
+        Of the snapshot. If it is in or below the folder of the store, it is recorded relative to that: they can be
+        moved together. A file that an older entry names should not be replaced: its hash is in that entry.
+    locked_prefix_len : int, optional
+        Items that are fixed from now on; all, if not given.
+
+    Returns
+    -------
+    str
+        The new head's hash.
+
+    Raises
+    ------
+    HeadMovedError
+        Somebody else has appended to the log; nothing is recorded, and a file that was not there is not.
+    SaveError
+        The snapshot cannot be written.
+
+    Notes
+    -----
+    Besides saving, one BLAKE2b over the snapshot: about a second a gigabyte.
+    """
+    found = log.store.head(log.id).hash
+    if found != log.head_hash:
+        raise moved(log.id, log.head_hash, found)
+    n = len(log.restore().history) if locked_prefix_len is None else locked_prefix_len
+    was_there = os.path.lexists(path)
+    with session.snapshot() as snapshot:
+        size = snapshot.save(path)
+        with memoryview(snapshot) as image:
+            digest = _digest(image)
+        reference = {
+            "path": _recorded_path(log.store, path),
+            "blake2b": digest,
+            "size": size,
+            "n_tokens": snapshot.n_tokens,
+            "tokens": _digest(snapshot.tokens.astype("<i4").tobytes()),
+            "fingerprint": snapshot.fingerprint.to_dict(),
+        }
+    try:
+        return log.save_cache_locked(n, state={"snapshot": reference})
+    except BaseException:
+        if not was_there:
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+        raise
+
+
+def render(model: Model, state: RestoredState, *, add_generation_prompt: bool | None = None, **variables: Any) -> str:
+    """Write the history of a session as its model was trained to read it.
+
+    Parameters
+    ----------
+    model : Model
+        With a chat template.
+    state : RestoredState
+    add_generation_prompt : bool, optional
+        End where the model is to begin; if not given, when the last item is not the model's own.
+    **variables
+        More names for the template (``tools``, ...).
+
+    Returns
+    -------
+    str
+        "" for a session in which nothing is.
+
+    Raises
+    ------
+    TemplateError
+    """
+    messages = to_messages(state.history, state.system_prompt)
+    if not messages:
+        return ""
+    if add_generation_prompt is None:
+        own = bool(state.history) and item_kind(state.history[-1]) in ("assistant", "reasoning", "tool_call")
+        add_generation_prompt = bool(state.history) and not own
+    return model.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, **variables)
+
+
+def sync_text(session: Session, text: str) -> SyncResult:
+    """Make a session hold a rendered conversation, decoding only what is new.
+
+    Where the session's tokens spell the beginning of the text they stay, also if the tokenizer would cut that text
+    otherwise now: a model can spell an answer in other tokens than the tokenizer would.
+
+    Parameters
+    ----------
+    session : Session
+    text : str
+        Control tokens written out, BOS too if there is to be one: what chat templates give.
+
+    Raises
+    ------
+    NoKVSlotError, DecodeError, TokenizeError
+        The session is as it was.
+    """
+    return session.sync(_spell(session.ctx.model, session.tokens, text))
+
+
+def resume(store: LogStore, session_id: str, ctx: Context, **options: Any) -> Session:
+    """Bring a session back from its log.
+
+    Parameters
+    ----------
+    store : LogStore
+    session_id : str
+    ctx : Context
+    **options
+        As for :func:`resume_log`.
+
+    Returns
+    -------
+    Session
+        Live, and in step with the history. :func:`resume_log` also tells how.
+
+    Raises
+    ------
+    SessionNotFoundError, LogTamperedError
+        There is no such log, or it does not hold.
+    FingerprintMismatchError
+        All states that there are belong to another model or other settings; the sequence is as it was.
+    """
+    return resume_log(SessionLog.open(store, session_id), ctx, **options).session
+
+
+def resume_log(
+    log: SessionLog,
+    ctx: Context,
+    *,
+    seq_id: int = 0,
+    render: Renderer | None = None,  # the function of that name is what it is otherwise
+    on_mismatch: str = "raise",
+    variables: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> Resumed:
+    """Fold a log, restore the newest state that serves, decode the rest.
+
+    Parameters
+    ----------
+    log : SessionLog
+    ctx : Context
+    seq_id : int
+        The sequence to use. What it held is replaced.
+    render : callable, optional
+        Gets the :class:`RestoredState`; gives the conversation's text, or its tokens. The model's chat template, if not
+        given.
+    on_mismatch : {"raise", "decode"}
+        When there are states, but all of another model or other settings: say so, or decode everything with this one.
+    variables : mapping, optional
+        More names for the chat template.
+    **options
+        As for :class:`Session`.
+
+    Returns
+    -------
+    Resumed
+
+    Raises
+    ------
+    LogTamperedError
+        The log does not hold.
+    FingerprintMismatchError
+        As said; ``field`` names what differs from the newest state.
+    TemplateError, TokenizeError, NoKVSlotError, DecodeError
+        The history cannot be rendered, or does not fit. In all cases the sequence is as it was.
+
+    Notes
+    -----
+    A state serves if its file is there, has the hash that the log has on record, and was made by this model with these
+    settings. Reads that file; decodes O(new tokens).
+    """
+    if on_mismatch not in ("raise", "decode"):
+        raise InvalidArgumentError(
+            f"on_mismatch is {on_mismatch!r}, not 'raise' or 'decode'", name="on_mismatch", value=on_mismatch
+        )
+    state = log.restore()
+    model = ctx.model
+    wanted = _default_render(model, state, variables) if render is None else render(state)
+    if not isinstance(wanted, str):
+        wanted = as_tokens(wanted, model.n_vocab)
+    skipped: list[tuple[StateReference, LlamaStateError]] = []
+    with ctx._handle, contextlib.ExitStack() as stack:
+        source, snapshot = _newest(log, state, ctx, skipped, stack)
+        if snapshot is None and on_mismatch == "raise":
+            for _, problem in skipped:
+                if isinstance(problem, FingerprintMismatchError):
+                    raise problem
+        held = np.empty(0, np.int32) if snapshot is None else snapshot.tokens
+        tokens = _spell(model, held, wanted) if isinstance(wanted, str) else wanted
+        old = ctx.state_seq_get_data(seq_id) if ctx.seq_pos_max(seq_id) >= 0 else None
+        try:
+            if snapshot is not None:
+                session = Session.from_snapshot(ctx, snapshot, seq_id=seq_id, **options)
+            else:
+                ctx.seq_rm(seq_id)
+                session = Session(ctx, seq_id, **options)
+            sync = session.sync(tokens)
+        except BaseException:
+            ctx.seq_rm(seq_id)
+            if old is not None:
+                ctx.state_seq_set_data(old, seq_id)
+            raise
+    for reference, problem in skipped:
+        _log.info("session %s: the state at item %d does not serve: %s", log.id, reference.history_len, problem)
+    return Resumed(session, log, state, source, sync, tuple(skipped))
+
+
+def branch(
+    log: SessionLog, session: Session, dest_seq_id: int, *, session_id: str | None = None
+) -> tuple[SessionLog, Session]:
+    """Continue a conversation in two ways: :meth:`Session.branch` and :meth:`SessionLog.fork`, both or neither.
+
+    Parameters
+    ----------
+    log : SessionLog
+    session : Session
+    dest_seq_id : int
+        An empty sequence of the same context.
+    session_id : str, optional
+        As for :meth:`SessionLog.create`.
+
+    Returns
+    -------
+    tuple of SessionLog and Session
+        Of the branch.
+    """
+    other = session.branch(dest_seq_id)
+    try:
+        return log.fork(session_id=session_id), other
+    except BaseException:
+        session.ctx.seq_rm(dest_seq_id)
+        raise
+
+
+# --- the newest state that serves -------------------------------------------------------------------------------------
+
+
+def _newest(
+    log: SessionLog,
+    state: RestoredState,
+    ctx: Context,
+    skipped: list[tuple[StateReference, LlamaStateError]],
+    stack: contextlib.ExitStack,
+) -> tuple[StateReference | None, Snapshot | None]:
+    for reference in reversed(state.states):
+        recorded = reference.state.get("snapshot")
+        if not isinstance(recorded, dict):
+            continue  # of another kind, which is not ours to judge
+        snapshot, problem = _usable(log, recorded, ctx)
+        if snapshot is not None:
+            return reference, stack.enter_context(snapshot)
+        if problem is not None:
+            skipped.append((reference, problem))
+    return None, None
+
+
+def _usable(log: SessionLog, recorded: dict[str, Any], ctx: Context) -> tuple[Snapshot | None, LlamaStateError | None]:
+    snapshot = None
+    try:
+        # told by the log alone, so that a wrong model is one also when the file is gone
+        if isinstance(fingerprint := recorded.get("fingerprint"), dict):
+            require_same(Fingerprint.from_dict(fingerprint), ctx.fingerprint)
+        snapshot = Snapshot.open(_found_path(log.store, recorded.get("path")), verify=False)
+        with memoryview(snapshot) as image:
+            found = _digest(image)
+        if found != recorded.get("blake2b"):
+            raise CorruptStateError(
+                f"{snapshot.path!r} is not the file that the log has on record",
+                path=snapshot.path,
+                reason="another hash",
+                section="file",
+            )
+        require_same(snapshot.fingerprint, ctx.fingerprint)
+    except LlamaStateError as problem:
+        if snapshot is not None:
+            snapshot.close()
+        return None, problem
+    return snapshot, None
+
+
+def _digest(data: Any) -> str:
+    return hashlib.blake2b(data, digest_size=HASH_BYTES).hexdigest()
+
+
+def _folder(store: LogStore) -> str | None:
+    path = getattr(store, "path", None)
+    return os.path.dirname(os.path.realpath(path)) if isinstance(path, (str, os.PathLike)) else None
+
+
+def _recorded_path(store: LogStore, path: str | os.PathLike[str]) -> str:
+    whole, folder = os.path.realpath(os.fsdecode(path)), _folder(store)
+    if folder is not None and os.path.commonpath([whole, folder]) == folder:
+        return os.path.relpath(whole, folder).replace(os.sep, "/")
+    return whole
+
+
+def _found_path(store: LogStore, recorded: Any) -> str:
+    if not isinstance(recorded, str):
+        raise StateFileNotFoundError("the log names no file", reason="no path")
+    folder = _folder(store)
+    return recorded if folder is None else os.path.join(folder, recorded)
+
+
+# --- from text to tokens ----------------------------------------------------------------------------------------------
+
+
+def _default_render(model: Model, state: RestoredState, variables: Mapping[str, Any] | None) -> str:
+    return render(model, state, **(variables or {}))
+
+
+def _spell(model: Model, held: Int32Array, text: str) -> Int32Array:
+    """Tokens of a text; those that are held first, if they spell its beginning."""
+    if not text:
+        return np.empty(0, np.int32)
+    if len(held):
+        spelt = model.detokenize(held, unparse_special=True)
+        if text.startswith(spelt):
+            rest = model.tokenize(text[len(spelt) :], add_special=False, parse_special=True)
+            both = np.concatenate([held, rest])
+            # what stands alone can be tokenised as a beginning, with a space before it
+            if model.detokenize(both, unparse_special=True) == text:
+                return both
+    return model.tokenize(text, add_special=False, parse_special=True)
