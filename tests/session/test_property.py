@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
+import tempfile
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
+from llamastate import Snapshot
 from llamastate.errors import HistoryError
 from llamastate.session import Session
-from tests.helpers import KINDS, assert_same_logits, context, tokens
+from tests.helpers import KINDS, context, nmse, tokens
 
 #: Runs of each kind of memory; of 20 steps each.
 RUNS = int(os.environ.get("LLAMASTATE_PROPERTY_RUNS", "30"))
@@ -28,7 +32,8 @@ class Lives(RuleBasedStateMachine):
     @initialize(unified=st.booleans(), every=st.sampled_from([0, 16, 48]), budget=st.sampled_from([2, 32]))
     def begin(self, unified: bool, every: int, budget: int) -> None:
         cells = CELLS if unified else 2 * CELLS
-        self.ctx = context(self.kind, n_ctx=cells, n_seq_max=2, kv_unified=unified, n_batch=64)
+        self.settings: dict[str, Any] = {"n_ctx": cells, "n_seq_max": 2, "kv_unified": unified}
+        self.ctx = context(self.kind, n_batch=64, **self.settings)
         self.fresh = context(self.kind, n_ctx=CELLS)
         options: dict[str, Any] = {"checkpoint_every": every, "max_checkpoints": budget}
         self.sessions = [Session(self.ctx, seq, **options) for seq in (0, 1)]
@@ -37,10 +42,15 @@ class Lives(RuleBasedStateMachine):
         self.points: list[list[int]] = [[], []]
         self.undone: list[list[list[int]]] = [[], []]
 
+        self.folder = tempfile.TemporaryDirectory(prefix="lives-")
+        #: Snapshots, files, and what a session that comes from one has to be: tokens and checkpoints.
+        self.kept: list[tuple[Snapshot | Path, list[int], list[int]]] = []
+
     def teardown(self) -> None:
         if hasattr(self, "ctx"):
             self.ctx.close()
             self.fresh.close()
+            self.folder.cleanup()
 
     # --- steps --------------------------------------------------------------------------------------------------------
 
@@ -111,6 +121,44 @@ class Lives(RuleBasedStateMachine):
         self.points[other] = list(self.points[which])
         self.undone[other] = []
 
+    @rule(which=BOTH, on_disk=st.booleans())
+    def keep(self, which: int, on_disk: bool) -> None:
+        session = self.sessions[which]
+        what: Snapshot | Path
+        if on_disk:
+            what = Path(self.folder.name, f"{len(self.kept)}.llsnap")
+            assert session.save(what, metadata={"n": len(self.kept)}) == what.stat().st_size
+        else:
+            what = session.snapshot()
+        # what undo has taken back is not kept, and neither are checkpoints of it
+        points = [p for p in self.points[which] if p <= session.n_past]
+        self.kept.append((what, list(self.expected[which]), points))
+
+    @precondition(lambda self: self.kept)
+    @rule(which=BOTH, index=st.integers(0, 9), here=st.booleans())
+    def bring_back(self, which: int, index: int, here: bool) -> None:
+        """Into the session that is there, or a new one in its sequence."""
+        what, wanted, points = self.kept[index % len(self.kept)]
+        if isinstance(what, Path):
+            self.sessions[which] = Session.load(self.ctx, what, seq_id=which, **self.options)
+        elif here:
+            self.sessions[which].restore(what)
+        else:
+            self.sessions[which] = Session.from_snapshot(self.ctx, what, seq_id=which, **self.options)
+        self.expected[which], self.points[which], self.undone[which] = list(wanted), list(points), []
+
+    @rule()
+    def restart(self) -> None:
+        """Both go into files, and come back in another context."""
+        paths = [Path(self.folder.name, f"restart-{i}") for i in range(2)]
+        for i, (session, path) in enumerate(zip(self.sessions, paths, strict=True)):
+            session.save(path)
+            self.points[i] = [p for p in self.points[i] if p <= session.n_past]
+        self.ctx.close()
+        self.ctx = context(self.kind, n_batch=64, **self.settings)
+        self.sessions = [Session.load(self.ctx, path, seq_id=i, **self.options) for i, path in enumerate(paths)]
+        self.undone = [[], []]
+
     # --- what must hold -----------------------------------------------------------------------------------------------
 
     def _becomes(self, which: int, wanted: list[int]) -> None:
@@ -126,7 +174,16 @@ class Lives(RuleBasedStateMachine):
             if wanted:
                 self.fresh.clear()
                 self.fresh.prefill(wanted, chunk=64)
-                assert_same_logits(session.logits, self.fresh.logits())
+                assert_agree(session.logits, self.fresh.logits())
+
+
+def assert_agree(found: np.ndarray, expected: np.ndarray) -> None:
+    """As :func:`assert_same_logits`, but two tokens that the noise of cell order cannot tell apart are one.
+
+    Thousands of steps meet such a tie sooner or later.
+    """
+    assert nmse(found, expected) <= 1e-5
+    assert expected[found.argmax()] >= expected.max() - 10**-2.5 * np.sqrt((expected.astype(np.float64) ** 2).mean())
 
 
 @pytest.mark.parametrize("kind", KINDS)
