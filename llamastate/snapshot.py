@@ -522,7 +522,7 @@ class Snapshot(Exporter, Closing):
 
             def head() -> bytes:
                 sealing.result()
-                return image[:start].tobytes()
+                return bytes(image[:start])
 
             return save(path, image[start:], head=(start, head))
 

@@ -172,6 +172,7 @@ class PrefixStore:
         A full store refuses new blocks and warns once; that is no error. Cost: one copy of what is new, where the
         context is unified and has an empty sequence to spare; else a copy of the whole sequence.
         """
+        given: TokensLike
         with contextlib.ExitStack() as stack:
             if isinstance(source, SessionCore):
                 stack.enter_context(source._lock)
