@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +49,24 @@ def test_help() -> None:
         assert "exit status" in done.stdout
     assert run().returncode == 2
     assert run("inspect").returncode == 2
+
+
+def test_the_installed_command(folder: Path, tmp_path: Path) -> None:
+    """What ``pip install`` puts beside python, from any folder."""
+    script = Path(sysconfig.get_path("scripts"), "llamastate")
+    path = folder / "sessions" / "chat.llsnap"
+
+    def command(*arguments: object) -> subprocess.CompletedProcess[str]:
+        words = [str(script), *map(str, arguments)]
+        return subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+
+    for arguments in (("inspect", path), ("verify", path), ("sessions", folder / "sessions"), ("inspect", folder)):
+        done, same = command(*arguments), run(*arguments)
+        assert done.returncode == same.returncode == int(arguments[1] == folder)
+        if arguments[0] != "sessions":  # it tells ages
+            assert (done.stdout, done.stderr) == (same.stdout, same.stderr)
+    assert json.loads(command("sessions", "--json", folder / "sessions").stdout)[0]["n_tokens"] == 41
+    assert command("inspect", "--json", path).stdout.startswith("{")
 
 
 def test_inspect_snapshot(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
