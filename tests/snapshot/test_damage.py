@@ -104,7 +104,7 @@ def test_flipped_bits_in_a_real_snapshot(filled: Context):
 
 def test_damage_in_a_large_state(monkeypatch: pytest.MonkeyPatch):
     """Large states are verified while they are being restored; damage is taken back before anybody sees it."""
-    monkeypatch.setattr("llamastate.snapshot._OVERLAP", 1000)
+    monkeypatch.setattr("llamastate.snapimage.OVERLAP", 1000)
     with context("dense", n_seq_max=2) as ctx:
         ctx.prefill(IDS)
         data = bytearray(memoryview(Snapshot.take(ctx, 0, IDS)))

@@ -49,7 +49,7 @@ def test_what_is_saved_is_what_is_in_memory(filled: Context, tmp_path: Path):
 
 def test_sealed_while_being_written(filled: Context, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Of a large snapshot the checksums are computed beside the write; also in an interpreter that ends."""
-    monkeypatch.setattr("llamastate.snapshot._OVERLAP", 1000)
+    monkeypatch.setattr("llamastate.snapimage.OVERLAP", 1000)
     Snapshot.take(filled, 0, IDS, metadata={"a": 1}).save(tmp_path / "beside")
     code = """
 import atexit, sys
