@@ -260,6 +260,11 @@ class SessionCore:
         if recurrent and not point.automatic and self._has_logits:
             point.logits = self._logits.copy()
 
+    def _forget_future(self) -> None:
+        """Other tokens take the place of what was undone: neither redo nor checkpoints lead there any more."""
+        self._redo.clear()
+        self._history.drop_after(self.n_past)
+
     # --- going back ---------------------------------------------------------------------------------------------------
 
     def _can_trim(self, n: int) -> bool:
