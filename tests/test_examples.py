@@ -18,6 +18,7 @@ from tests.children import ROOT
         ("undo_redo", "undo: 0 tokens decoded again"),
         ("shared_prompt", "3 branches"),
         ("revert", "0 tokens decoded again"),
+        ("log_resume", "the same token follows: True"),
     ],
 )
 def test_example(example: str, words: str, kind: str) -> None:

@@ -213,6 +213,7 @@ def resume_log(
     seq_id: int = 0,
     render: Renderer | None = None,  # the function of that name is what it is otherwise
     on_mismatch: str = "raise",
+    state: bool = True,
     variables: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Resumed:
@@ -229,6 +230,8 @@ def resume_log(
         given.
     on_mismatch : {"raise", "decode"}
         When there are states, but all of another model or other settings: say so, or decode everything with this one.
+    state : bool
+        Whether saved states are to be used; else everything is decoded.
     variables : mapping, optional
         More names for the chat template.
     **options
@@ -256,14 +259,14 @@ def resume_log(
         raise InvalidArgumentError(
             f"on_mismatch is {on_mismatch!r}, not 'raise' or 'decode'", name="on_mismatch", value=on_mismatch
         )
-    state = log.restore()
+    folded = log.restore()
     model = ctx.model
-    wanted = _default_render(model, state, variables) if render is None else render(state)
+    wanted = _default_render(model, folded, variables) if render is None else render(folded)
     if not isinstance(wanted, str):
         wanted = as_tokens(wanted, model.n_vocab)
     skipped: list[tuple[StateReference, LlamaStateError]] = []
     with ctx._handle, contextlib.ExitStack() as stack:
-        source, snapshot = _newest(log, state, ctx, skipped, stack)
+        source, snapshot = _newest(log, folded.states if state else [], ctx, skipped, stack)
         if snapshot is None and on_mismatch == "raise":
             for _, problem in skipped:
                 if isinstance(problem, FingerprintMismatchError):
@@ -285,7 +288,7 @@ def resume_log(
             raise
     for reference, problem in skipped:
         _log.info("session %s: the state at item %d does not serve: %s", log.id, reference.history_len, problem)
-    return Resumed(session, log, state, source, sync, tuple(skipped))
+    return Resumed(session, log, folded, source, sync, tuple(skipped))
 
 
 def branch(
@@ -320,12 +323,12 @@ def branch(
 
 def _newest(
     log: SessionLog,
-    state: RestoredState,
+    states: list[StateReference],
     ctx: Context,
     skipped: list[tuple[StateReference, LlamaStateError]],
     stack: contextlib.ExitStack,
 ) -> tuple[StateReference | None, Snapshot | None]:
-    for reference in reversed(state.states):
+    for reference in reversed(states):
         recorded = reference.state.get("snapshot")
         if not isinstance(recorded, dict):
             continue  # of another kind, which is not ours to judge
