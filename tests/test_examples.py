@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
@@ -18,11 +19,27 @@ from tests.children import ROOT
         ("undo_redo", "undo: 0 tokens decoded again"),
         ("shared_prompt", "3 branches"),
         ("revert", "0 tokens decoded again"),
-        ("log_resume", "the same token follows: True"),
     ],
 )
 def test_example(example: str, words: str, kind: str) -> None:
+    assert words in run(example, kind)
+
+
+def run(example: str, kind: str) -> str:
     command = [sys.executable, f"examples/{example}.py", str(tiny.path(kind, vocab="spm"))]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
-    assert words in done.stdout
+    return done.stdout
+
+
+def test_log_resume() -> None:
+    """It dies, comes back with its state, is forked, and draws the tree."""
+    said = run("log_resume", "jamba")
+    assert "it ended with -9" in said
+    reused, decoded = map(int, re.findall(r"back in .*: (\d+) tokens reused, (\d+) decoded", said)[0])
+    (scratch,) = map(int, re.findall(r"without it in .*: (\d+) tokens decoded", said))
+    assert reused + decoded == scratch
+    assert decoded < reused
+    assert "the same token follows: True" in said
+    assert int(re.findall(r"forked after turn 1: (\d+) tokens reused", said)[0]) > 0
+    assert re.search(r"^trip .*\n└─ another-trip .* forked at entry \d+$", said, re.MULTILINE)
