@@ -16,7 +16,6 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import TypeVar
 
 from llamastate.errors import (
@@ -25,15 +24,17 @@ from llamastate.errors import (
     CorruptStateError,
     InvalidArgumentError,
     LlamaStateError,
-    LoadError,
     SaveError,
     StoreFullError,
     StoreLockedError,
     VersionMismatchError,
 )
-from llamastate.prefix.database import holding, now
+from llamastate.prefix import housekeeping
+from llamastate.prefix.database import now
+from llamastate.prefix.diskstats import DiskCounters, DiskStats
 from llamastate.prefix.entry import Entry, seal
-from llamastate.prefix.folder import Allocate, Folder, Identity, row_of
+from llamastate.prefix.folder import Allocate, Folder, row_of
+from llamastate.prefix.housekeeping import Damaged, Reclaimed
 from llamastate.prefix.index import Index, Root, Row
 
 __all__ = ["Damaged", "DiskStats", "DiskTier", "Reclaimed"]
@@ -47,92 +48,6 @@ TOUCH_SECONDS = 5.0
 TOUCH_KEYS = 1 << 16
 
 _alive: weakref.WeakSet[DiskTier] = weakref.WeakSet()
-
-
-@dataclass(frozen=True)
-class DiskStats:
-    """What a store holds on disk, and what this process did there.
-
-    Attributes
-    ----------
-    blocks, anchors, bytes, anchor_bytes, pinned_bytes : int
-        Of all processes.
-    limit : int or None
-        ``disk_bytes``.
-    hits, reads : int
-        Entries that were there, of those that were asked for.
-    read_bytes, writes, written_bytes, evictions, evicted_bytes, damaged, rebuilt : int
-        ``rebuilt`` counts how often the index was made anew.
-    """
-
-    blocks: int
-    anchors: int
-    bytes: int
-    anchor_bytes: int
-    pinned_bytes: int
-    limit: int | None
-    hits: int
-    reads: int
-    read_bytes: int
-    writes: int
-    written_bytes: int
-    evictions: int
-    evicted_bytes: int
-    damaged: int
-    rebuilt: int
-
-    @property
-    def entries(self) -> int:
-        """Blocks and anchors."""
-        return self.blocks + self.anchors
-
-
-@dataclass(frozen=True)
-class Damaged:
-    """An entry that cannot be read, and why."""
-
-    key: bytes
-    path: str
-    nbytes: int
-    reason: str
-
-
-@dataclass(frozen=True)
-class Reclaimed:
-    """What :meth:`DiskTier.gc` has mended.
-
-    Attributes
-    ----------
-    adopted : int
-        Sound files that had no row.
-    lost : int
-        Rows that had no file.
-    damaged : int
-        Files that had no row, or another length than their row says, and were not sound either.
-    temporary, folders : int
-        Files that dead writers have left; empty folders.
-    nbytes : int
-        Bytes of files that were removed.
-    """
-
-    adopted: int
-    lost: int
-    damaged: int
-    temporary: int
-    folders: int
-    nbytes: int
-
-
-@dataclass
-class _Counters:
-    hits: int = 0
-    reads: int = 0
-    read_bytes: int = 0
-    writes: int = 0
-    written_bytes: int = 0
-    evictions: int = 0
-    evicted_bytes: int = 0
-    damaged: int = 0
 
 
 class DiskTier:
@@ -186,7 +101,7 @@ class DiskTier:
         self.anchor_share = anchor_share
         self._closed = False
         self._warned = False
-        self._counters = _Counters()
+        self._counters = DiskCounters()
         self._reset()
         try:
             self.path = os.path.realpath(os.fsdecode(path))
@@ -241,7 +156,8 @@ class DiskTier:
             self._quietly(lambda: self._forget_lost(key), None)
         except (BadMagicError, CorruptStateError):
             self._count(damaged=1)
-            self._quietly(lambda: self._remove(key, self._unchanged(key, seen)), False)
+            unchanged = housekeeping.unchanged(self._folder, key, seen)
+            self._quietly(lambda: housekeeping.remove(self._folder, self._index, key, unchanged), False)
         except OSError as error:
             self._warn(error)
         self._count(reads=1, hits=int(entry is not None), read_bytes=0 if entry is None else entry.nbytes)
@@ -434,18 +350,7 @@ class DiskTier:
 
     def drop(self, key: bytes) -> bool:
         """Remove an entry, pinned or not; whether it was there."""
-        return self._remove(key, lambda: True)
-
-    def _remove(self, key: bytes, check: Callable[[], bool]) -> bool:
-        """Row first, then the file, if ``check()`` holds for each."""
-        gone = self._index.remove([key], lambda _: check())
-        there = self._folder.identity(key) is not None
-        self._index.without_row([key], lambda _: self._folder.unlink(key) if check() else None)
-        return bool(gone) or there
-
-    def _unchanged(self, key: bytes, seen: Identity | None) -> Callable[[], bool]:
-        """Whether the file is still the one that was found damaged, and not a sound one in its place."""
-        return lambda: self._folder.identity(key) == seen
+        return housekeeping.remove(self._folder, self._index, key)
 
     def _forget_lost(self, key: bytes) -> None:
         if self._index.known([key]):
@@ -466,20 +371,7 @@ class DiskTier:
         list of Damaged
             Files of newer versions are not; rows whose file is gone are.
         """
-        found = []
-        for row in self._index.rows():
-            seen = self._folder.identity(row.key)
-            try:
-                self._folder.read(row.key)
-            except VersionMismatchError:
-                continue
-            except (LoadError, OSError) as error:
-                if not self._index.known([row.key]):
-                    continue  # evicted since
-                reason = (error.reason if isinstance(error, LoadError) else error.strerror) or str(error)
-                found.append(Damaged(row.key, self._folder.file(row.key), row.nbytes, reason))
-                if drop:
-                    self._remove(row.key, self._unchanged(row.key, seen))
+        found = housekeeping.verify(self._folder, self._index, drop=drop)
         self._count(damaged=len(found))
         return found
 
@@ -492,51 +384,7 @@ class DiskTier:
         """
         self._check_open()
         self._write_touches(wait=True)
-        with holding(os.path.join(self.path, "gc.lock")):
-            counts = dict.fromkeys(("adopted", "lost", "damaged", "temporary", "folders", "nbytes"), 0)
-            for path in [*self._folder.litter(), self._index.database.path + ".damaged"]:
-                counts["nbytes"] += _unlink(path, counts)
-            for first in range(256):
-                self._tidy(first, counts)
-        return Reclaimed(**counts)
-
-    def _tidy(self, first: int, counts: dict[str, int]) -> None:
-        # Files before rows: a row whose file was not listed may be new, and is looked at again.
-        bucket = self._folder.bucket(first)
-        sizes = self._index.sizes(first)
-        for key, size in bucket.files.items():
-            if sizes.get(key) != size:
-                self._adopt(key, size, key in sizes, counts)
-        lost = [key for key in sizes if key not in bucket.files]
-        if lost:
-            counts["lost"] += len(self._index.remove(lost, lambda key: self._folder.identity(key) is None))
-        for path in bucket.litter:
-            counts["nbytes"] += _unlink(path, counts)
-        with contextlib.suppress(OSError):
-            os.rmdir(bucket.path)  # refused unless it is empty
-            counts["folders"] += 1
-
-    def _adopt(self, key: bytes, size: int, has_row: bool, counts: dict[str, int]) -> None:
-        """Give a file its row, or do away with it."""
-        seen = self._folder.identity(key)
-        try:
-            entry = self._folder.read(key)
-        except (VersionMismatchError, OSError):
-            return
-        except (BadMagicError, CorruptStateError):
-            self._remove(key, self._unchanged(key, seen))
-            counts["damaged"] += 1
-            counts["nbytes"] += size
-            return
-        if has_row:
-            self._index.remove([key])
-
-        def check() -> None:
-            if self._folder.identity(key) is None:
-                raise FileNotFoundError
-
-        with contextlib.suppress(FileNotFoundError):
-            counts["adopted"] += self._index.add(row_of(entry, seen[1] // 1000 if seen else now()), check)
+        return housekeeping.gc(self._folder, self._index)
 
     def rebuild(self) -> None:
         """Make the index anew from the files. Pins are kept if the old one can be read. Others wait meanwhile."""
@@ -592,16 +440,6 @@ class DiskTier:
         with self._lock:
             for name, n in by.items():
                 setattr(self._counters, name, getattr(self._counters, name) + n)
-
-
-def _unlink(path: str, counts: dict[str, int]) -> int:
-    """Remove a file that nobody misses; how many bytes it had."""
-    with contextlib.suppress(OSError):
-        size = os.stat(path).st_size
-        os.unlink(path)
-        counts["temporary"] += 1
-        return size
-    return 0
 
 
 def _forked() -> None:

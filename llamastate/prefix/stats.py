@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+import threading
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from llamastate.prefix.disk import DiskStats
     from llamastate.prefix.ram import RamTier
 
 __all__ = ["Counters", "PrefixStats"]
@@ -29,7 +31,7 @@ class PrefixStats:
         Entries that were not in memory.
     ram_bytes, ram_anchor_bytes, ram_entries, ram_evicted : int
         The memory's share.
-    disk : object or None
+    disk : DiskStats or None
         The disk's own numbers.
     """
 
@@ -46,7 +48,7 @@ class PrefixStats:
     ram_anchor_bytes: int
     ram_entries: int
     ram_evicted: int
-    disk: Any = None
+    disk: DiskStats | None = None
 
     @property
     def hit_rate(self) -> float:
@@ -67,11 +69,20 @@ class Counters:
     damaged: int = 0
     disk_reads: int = 0
     remote_reads: int = 0
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
-    def stats(self, ram: RamTier, disk: Any) -> PrefixStats:
+    def add(self, **by: int) -> None:
+        """Count so many more; from any thread."""
+        with self._lock:
+            for name, n in by.items():
+                setattr(self, name, getattr(self, name) + n)
+
+    def stats(self, ram: RamTier, disk: DiskStats | None) -> PrefixStats:
         """Freeze them."""
+        with self._lock:
+            counts = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "_lock"}
         return PrefixStats(
-            **vars(self),
+            **counts,
             ram_bytes=ram.nbytes,
             ram_anchor_bytes=ram.anchor_bytes,
             ram_entries=len(ram),

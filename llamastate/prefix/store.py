@@ -4,33 +4,31 @@ from __future__ import annotations
 
 import contextlib
 import os
-import threading
-import warnings
-import weakref
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from llamastate.arrays import Int32Array, TokensLike, as_index, as_tokens
+from llamastate.arrays import TokensLike, as_index, as_tokens
 from llamastate.errors import (
     ClosedError,
     CorruptStateError,
     InvalidArgumentError,
     InvalidSequenceError,
     LayoutMismatchError,
-    LlamaStateError,
     StoreFullError,
     TokensMismatchError,
 )
 from llamastate.flags import SeqFlags
 from llamastate.params import I32
-from llamastate.prefix.behind import WriteBehind
 from llamastate.prefix.chain import anchor_key, block_keys, portable, root_key
-from llamastate.prefix.entry import Entry, Kind, build, seal
+from llamastate.prefix.entry import Kind, build
+from llamastate.prefix.levels import Levels
+from llamastate.prefix.match import Chain, Match, find
 from llamastate.prefix.ram import RamTier
 from llamastate.prefix.rows import Placer, RowReader, place_of, take_partial
+from llamastate.prefix.source import AnchorState, of_session
 from llamastate.prefix.stats import Counters, PrefixStats
 from llamastate.prefix.tiers import Tier
 from llamastate.sessioncore import SessionCore
@@ -39,34 +37,9 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from llamastate.context import Context
-    from llamastate.prefix.disk import DiskTier
+    from llamastate.prefix.disk import Damaged, DiskTier, Reclaimed
 
 __all__ = ["PrefixStore"]
-
-
-class Chain(NamedTuple):
-    """The names of a sequence's prefixes."""
-
-    root: bytes
-    keys: list[bytes]
-    ids: Int32Array
-    kind: str
-
-
-class Match(NamedTuple):
-    """The longest prefix that is stored: so many blocks, and an anchor for kinds of memory that need one."""
-
-    n_tokens: int
-    n_blocks: int
-    anchor: bytes | None
-
-
-class AnchorState(NamedTuple):
-    """What cannot be cut, after ``n_tokens`` tokens of a sequence."""
-
-    n_tokens: int
-    state: npt.NDArray[np.uint8] | None
-    logits: npt.NDArray[np.float32] | None
 
 
 class PrefixStore:
@@ -129,17 +102,11 @@ class PrefixStore:
 
             limit = None if disk_bytes is None else _at_least("disk_bytes", disk_bytes, 0)
             self._disk = DiskTier(path, disk_bytes=limit, anchor_share=anchor_share, durable=durable)
-        self._remote = remote
         self._counters = Counters()
+        self._levels = Levels(self._ram, self._disk, remote, write_behind=write_behind, counters=self._counters)
         self._roots: dict[str, bytes] = {}
         self._last_root: tuple[bytes, str] | None = None
-        self._warned = False
-        self._lock = threading.Lock()
         self._closed = False
-        self._behind: WriteBehind | None = None
-        if write_behind and (self._disk is not None or remote is not None):
-            # not a bound method: the thread must not keep the store alive
-            self._behind = WriteBehind(_writer(weakref.ref(self)))
 
     # --- putting in ---------------------------------------------------------------------------------------------------
 
@@ -176,7 +143,7 @@ class PrefixStore:
         with contextlib.ExitStack() as stack:
             if isinstance(source, SessionCore):
                 stack.enter_context(source._lock)
-                ctx, seq, given, anchors = _of_session(source, seq_id, tokens)
+                ctx, seq, given, anchors = of_session(source, seq_id, tokens)
             else:
                 if seq_id is None or tokens is None:
                     raise InvalidArgumentError("a context needs seq_id and tokens", name="tokens", value=tokens)
@@ -205,8 +172,8 @@ class PrefixStore:
             for anchor in anchors:
                 stored += self._put_anchor(ctx, seq, chain, anchor, reader)
         except StoreFullError as error:
-            self._complain(error)
-        self._counters.stored_tokens += stored
+            self._levels.complain(error)
+        self._counters.add(stored_tokens=stored)
         return stored
 
     def _new_blocks(self, chain: Chain, reader: RowReader) -> Iterator[int]:
@@ -214,7 +181,7 @@ class PrefixStore:
         size, place = self.block_tokens, reader.place
         if not place.has_rows:
             return
-        known = self._known(chain.keys[1:])
+        known = self._levels.known(chain.keys[1:])
         for i, key in enumerate(chain.keys[1:]):
             if key in known:
                 continue
@@ -229,7 +196,7 @@ class PrefixStore:
                 rows=place.rows_bytes(size),
             )
             reader.read(i * size, (i + 1) * size, entry.rows)
-            self._keep(entry)
+            self._levels.keep(entry)
             yield size
 
     def _put_anchor(self, ctx: Context, seq: int, chain: Chain, anchor: AnchorState, reader: RowReader) -> int:
@@ -237,7 +204,7 @@ class PrefixStore:
         start = anchor.n_tokens - tail
         tokens = chain.ids[start : anchor.n_tokens]
         key = anchor_key(chain.keys[block], tokens)
-        if self._known([key]):
+        if self._levels.known([key]):
             return 0
         state = anchor.state
         if state is None:
@@ -256,54 +223,8 @@ class PrefixStore:
         )
         if tail and place.has_rows:
             reader.read(start, anchor.n_tokens, entry.rows)
-        self._keep(entry)
+        self._levels.keep(entry)
         return tail
-
-    def _keep(self, entry: Entry) -> None:
-        """Put a new entry where it belongs. Raises :class:`StoreFullError`."""
-        if self._behind is not None and entry.nbytes <= self._ram.capacity:
-            try:
-                new = self._ram.put(entry, hold=True)
-            except StoreFullError:
-                # Everything in memory waits for the disk. Waiting as well would hold up decoding.
-                self._counters.dropped += 1
-                raise
-            if new:
-                self._behind.submit(entry)
-            else:
-                self._ram.release([entry.key])
-            return
-        if self._disk is None and self._remote is None:
-            self._ram.put(entry)
-            return
-        self._write(entry)
-        with contextlib.suppress(StoreFullError):
-            self._ram.put(entry)
-
-    def _write(self, entry: Entry) -> None:
-        seal(entry)
-        if self._disk is not None:
-            self._disk.put(entry)
-        if self._remote is not None:
-            self._remote.put(entry)
-
-    def _write_quietly(self, entry: Entry) -> None:
-        """What the thread does: it has nobody to tell."""
-        try:
-            self._write(entry)
-        except (LlamaStateError, OSError) as error:
-            self._counters.dropped += 1
-            self._complain(error)
-        finally:
-            self._ram.release([entry.key])
-
-    def _complain(self, error: Exception) -> None:
-        """Say once that the store is full; inference goes on without it."""
-        with self._lock:
-            if self._warned:
-                return
-            self._warned = True
-        warnings.warn(f"the prefix store takes no more: {error}", RuntimeWarning, stacklevel=3)
 
     # --- looking up ---------------------------------------------------------------------------------------------------
 
@@ -326,11 +247,11 @@ class PrefixStore:
         """
         self._check_open()
         if ctx is not None:
-            return self._find(self._chain(ctx, tokens)).n_tokens
+            return find(self._levels, self._chain(ctx, tokens), self.block_tokens).n_tokens
         root = self._only_root()
         if root is None:
             return 0
-        return self._find(self._chain_of(root, tokens)).n_tokens
+        return find(self._levels, self._chain_of(root, tokens), self.block_tokens).n_tokens
 
     def _chain_of(self, root: tuple[bytes, str], tokens: TokensLike) -> Chain:
         ids = as_tokens(tokens, I32)
@@ -359,48 +280,6 @@ class PrefixStore:
             self._roots[fingerprint.digest] = root
         self._last_root = root, kind
         return Chain(root, block_keys(root, ids, self.block_tokens), ids, kind)
-
-    def _find(self, chain: Chain, bad: frozenset[bytes] | set[bytes] = frozenset()) -> Match:
-        size, n = self.block_tokens, len(chain.ids)
-        run = len(chain.keys) - 1
-        if chain.kind != "recurrent":
-            known = self._known(chain.keys[1:]) - bad
-            run = next((i for i, key in enumerate(chain.keys[1:]) if key not in known), run)
-        if chain.kind == "attention":
-            return Match(run * size, run, None)
-        for i in range(run, -1, -1):
-            for tail in self._tails(chain.keys[i]):
-                end = i * size + tail
-                if not 0 < end <= n:
-                    continue
-                key = anchor_key(chain.keys[i], chain.ids[i * size : end])
-                if key not in bad and self._known([key]):
-                    return Match(end, i, key)
-        return Match(0, 0, None)
-
-    def _tiers(self) -> Iterator[Any]:
-        yield self._ram
-        if self._disk is not None:
-            yield self._disk
-        if self._remote is not None:
-            yield self._remote
-
-    def _known(self, keys: Sequence[bytes]) -> set[bytes]:
-        """Which of these are anywhere."""
-        found: set[bytes] = set()
-        rest: Sequence[bytes] = keys
-        for tier in self._tiers():
-            if not rest:
-                break
-            found |= tier.known(rest)
-            rest = [key for key in rest if key not in found]
-        return found
-
-    def _tails(self, parent: bytes) -> list[int]:
-        lengths: set[int] = set()
-        for tier in self._tiers():
-            lengths.update(tier.tails(parent))
-        return sorted(lengths, reverse=True)
 
     # --- taking out ---------------------------------------------------------------------------------------------------
 
@@ -445,18 +324,16 @@ class PrefixStore:
             if max_tokens is not None:
                 ids = ids[: _at_least("max_tokens", max_tokens, 0)]
             chain = self._chain(ctx, ids)
-            self._counters.queries += 1
-            self._counters.query_tokens += asked
+            self._counters.add(queries=1, query_tokens=asked)
             bad: set[bytes] = set()
             while True:
-                match = self._find(chain, bad)
+                match = find(self._levels, chain, self.block_tokens, bad)
                 if not match.n_tokens:
                     ctx.seq_rm(seq_id)
                     return 0, None
                 done = self._place(ctx, seq_id, chain, match, bad)
                 if done is not None:
-                    self._counters.hits += 1
-                    self._counters.hit_tokens += done[0]
+                    self._counters.add(hits=1, hit_tokens=done[0])
                     return done
 
     def _place(
@@ -466,8 +343,9 @@ class PrefixStore:
         anchor = None
         if match.anchor is not None:
             start = match.n_blocks * self.block_tokens
-            anchor = self._fetch(match.anchor, chain.ids[start : match.n_tokens], start, bad)
+            anchor = self._levels.fetch(match.anchor, chain.ids[start : match.n_tokens], start)
             if anchor is None:
+                bad.add(match.anchor)
                 return None
         has_rows = place_of(ctx.schema).has_rows
         keys = chain.keys[1 : match.n_blocks + 1] if has_rows else []
@@ -480,8 +358,9 @@ class PrefixStore:
             try:
                 for i, key in enumerate(keys):
                     start = i * self.block_tokens
-                    entry = self._fetch(key, chain.ids[start : start + self.block_tokens], start, bad)
+                    entry = self._levels.fetch(key, chain.ids[start : start + self.block_tokens], start)
                     if entry is None:
+                        bad.add(key)
                         break
                     placer.add(entry)
                 else:
@@ -495,50 +374,15 @@ class PrefixStore:
                 placer.abandon()
                 assert entry is not None
                 bad.add(entry.key)
-                self._drop(entry.key)
+                self._levels.drop(entry.key)
                 return None
             except BaseException:
                 placer.abandon()
                 raise
         used = [*keys[: -(-n // self.block_tokens)], *([match.anchor] if match.anchor else [])]
-        for tier in self._tiers():
-            tier.touch(used)
+        self._levels.touch(used)
         logits = anchor.logits if anchor is not None else None
         return n, None if logits is None else logits.copy()
-
-    def _fetch(self, key: bytes, tokens: Int32Array, start: int, bad: set[bytes]) -> Entry | None:
-        """The entry, if it is there and holds these very tokens at this place."""
-        entry = self._ram.get(key)
-        if entry is None:
-            entry = self._from_below(key)
-        if entry is None or entry.start != start or not np.array_equal(entry.tokens, tokens):
-            bad.add(key)
-            return None
-        return entry
-
-    def _from_below(self, key: bytes) -> Entry | None:
-        entry = self._disk.get(key) if self._disk is not None else None
-        if entry is not None:
-            self._counters.disk_reads += 1
-        elif self._remote is not None:
-            entry = self._remote.get(key)
-            if entry is not None:
-                self._counters.remote_reads += 1
-                if self._disk is not None:
-                    try:
-                        self._disk.put(entry)
-                    except StoreFullError as error:
-                        self._complain(error)
-        if entry is not None:
-            with contextlib.suppress(StoreFullError):
-                self._ram.put(entry)
-        return entry
-
-    def _drop(self, key: bytes) -> None:
-        self._counters.damaged += 1
-        self._ram.drop(key)
-        if self._disk is not None:
-            self._disk.drop(key)
 
     # --- keeping house ------------------------------------------------------------------------------------------------
 
@@ -574,7 +418,7 @@ class PrefixStore:
             if root is None:
                 return 0, []
             chain = self._chain_of(root, tokens)
-        match = self._find(chain)
+        match = find(self._levels, chain, self.block_tokens)
         keys = chain.keys[1 : match.n_blocks + 1] if chain.kind != "recurrent" else []
         return match.n_tokens, [*keys, *([match.anchor] if match.anchor else [])]
 
@@ -595,23 +439,20 @@ class PrefixStore:
     def flush(self) -> None:
         """Wait until everything that was put is written."""
         self._check_open()
-        if self._behind is not None:
-            self._behind.flush()
-        if self._disk is not None:
-            self._disk.flush()
+        self._levels.flush()
 
     def stats(self) -> PrefixStats:
         """What the store holds and what it has done in this process."""
         self._check_open()
         return self._counters.stats(self._ram, None if self._disk is None else self._disk.stats())
 
-    def verify(self, *, drop: bool = True) -> list[Any]:
+    def verify(self, *, drop: bool = True) -> list[Damaged]:
         """Read every file and check every byte; the damaged ones, which are dropped unless told otherwise."""
         self.flush()
-        return [] if self._disk is None else list(self._disk.verify(drop=drop))
+        return [] if self._disk is None else self._disk.verify(drop=drop)
 
-    def gc(self) -> Any:
-        """Mend what crashes have left: files without a row, rows without a file, temporary files."""
+    def gc(self) -> Reclaimed | None:
+        """Mend what crashes have left: rows without a file, files without a row, temporary ones."""
         self.flush()
         return None if self._disk is None else self._disk.gc()
 
@@ -619,14 +460,8 @@ class PrefixStore:
         """Write what is waiting, and let go. Idempotent."""
         if self._closed:
             return
-        if self._behind is not None:
-            self._behind.close()
         self._closed = True
-        if self._disk is not None:
-            self._disk.close()
-        if self._remote is not None:
-            self._remote.close()
-        self._ram.close()
+        self._levels.close()
 
     def __enter__(self) -> Self:
         return self
@@ -641,34 +476,6 @@ class PrefixStore:
     def _check_open(self) -> None:
         if self._closed:
             raise ClosedError("the store is closed", what="store")
-
-
-def _writer(store: weakref.ref[PrefixStore]) -> Any:
-    def write(entry: Entry) -> None:
-        alive = store()
-        if alive is not None:
-            alive._write_quietly(entry)
-
-    return write
-
-
-def _of_session(
-    session: SessionCore, seq_id: int | None, tokens: TokensLike | None
-) -> tuple[Context, int, Int32Array, list[AnchorState]]:
-    """Context, sequence, tokens and states of a session."""
-    if seq_id not in (None, session.seq_id) or tokens is not None:
-        raise InvalidArgumentError("a session knows its sequence and tokens itself", name="tokens", value=tokens)
-    session._check_step()
-    n = session.n_past
-    states = {
-        p.n_tokens: AnchorState(p.n_tokens, np.asarray(p.state), p.logits)
-        for p in session._history
-        if p.state is not None and p.kind == "partial" and p.n_tokens <= n
-    }
-    if n and session._history.needs_states:
-        end = states.get(n, AnchorState(n, None, None))
-        states[n] = end._replace(logits=session._logits.copy() if session._has_logits else end.logits)
-    return session.ctx, session.seq_id, session._tokens, list(states.values())
 
 
 def _at_least(name: str, value: object, limit: int) -> int:

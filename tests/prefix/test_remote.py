@@ -357,3 +357,11 @@ def test_fork(tmp_path: Path):
 def test_nothing_is_imported_before_it_is_needed():
     result = children.run("import sys, llamastate.prefix; print('fsspec' in sys.modules)")
     assert result.stdout == "False\n", result.stderr
+
+
+def test_by_its_name():
+    import llamastate.prefix
+
+    assert llamastate.prefix.RemoteTier is RemoteTier
+    with pytest.raises(AttributeError, match="Nothing"):
+        _ = llamastate.prefix.Nothing

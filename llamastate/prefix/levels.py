@@ -1,0 +1,194 @@
+"""The places of a store, one below the other: memory, disk, and whatever is beyond."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from llamastate.arrays import Int32Array
+from llamastate.errors import LlamaStateError, StoreFullError
+from llamastate.prefix.behind import WriteBehind
+from llamastate.prefix.entry import Entry, seal
+from llamastate.prefix.ram import RamTier
+from llamastate.prefix.stats import Counters
+from llamastate.prefix.tiers import Tier
+
+if TYPE_CHECKING:
+    from llamastate.prefix.disk import DiskTier
+
+__all__ = ["Levels"]
+
+
+class Levels:
+    """Memory over a disk over a remote place; all but the first may be missing.
+
+    Parameters
+    ----------
+    ram : RamTier
+    disk : DiskTier or None
+    remote : Tier or None
+    write_behind : bool
+        Write what is put in a thread. Until it is written it stays in memory, whatever else has to go.
+    counters : Counters
+    """
+
+    def __init__(
+        self, ram: RamTier, disk: DiskTier | None, remote: Tier | None, *, write_behind: bool, counters: Counters
+    ) -> None:
+        self.ram = ram
+        self.disk = disk
+        self.remote = remote
+        self._counters = counters
+        self._lock = threading.Lock()
+        self._warned = False
+        self._behind: WriteBehind | None = None
+        if write_behind and (disk is not None or remote is not None):
+            # not a bound method: the thread must not keep what it writes for alive
+            self._behind = WriteBehind(_writer(weakref.ref(self)))
+
+    def _all(self) -> Iterator[Tier | RamTier]:
+        yield self.ram
+        if self.disk is not None:
+            yield self.disk
+        if self.remote is not None:
+            yield self.remote
+
+    # --- looking ------------------------------------------------------------------------------------------------------
+
+    def known(self, keys: Sequence[bytes]) -> set[bytes]:
+        """Which of these are anywhere."""
+        found: set[bytes] = set()
+        rest: Sequence[bytes] = keys
+        for tier in self._all():
+            if not rest:
+                break
+            found |= tier.known(rest)
+            rest = [key for key in rest if key not in found]
+        return found
+
+    def tails(self, parent: bytes) -> list[int]:
+        """How many tokens after ``parent`` there are anchors anywhere, descending."""
+        lengths: set[int] = set()
+        for tier in self._all():
+            lengths.update(tier.tails(parent))
+        return sorted(lengths, reverse=True)
+
+    def touch(self, keys: Iterable[bytes]) -> None:
+        """These were of use just now."""
+        keys = list(keys)
+        for tier in self._all():
+            tier.touch(keys)
+
+    def fetch(self, key: bytes, tokens: Int32Array, start: int) -> Entry | None:
+        """The entry, if it is there and holds these very tokens at this place. It goes to the levels above too."""
+        entry = self.ram.get(key)
+        if entry is None:
+            entry = self._from_below(key)
+        if entry is None or entry.start != start or not np.array_equal(entry.tokens, tokens):
+            return None
+        return entry
+
+    def _from_below(self, key: bytes) -> Entry | None:
+        entry = self.disk.get(key) if self.disk is not None else None
+        if entry is not None:
+            self._counters.add(disk_reads=1)
+        elif self.remote is not None:
+            entry = self.remote.get(key)
+            if entry is not None:
+                self._counters.add(remote_reads=1)
+                if self.disk is not None:
+                    try:
+                        self.disk.put(entry)
+                    except StoreFullError as error:
+                        self.complain(error)
+        if entry is not None:
+            with contextlib.suppress(StoreFullError):
+                self.ram.put(entry)
+        return entry
+
+    # --- putting in ---------------------------------------------------------------------------------------------------
+
+    def keep(self, entry: Entry) -> None:
+        """Put a new entry where it belongs. Raises :class:`StoreFullError`."""
+        if self._behind is not None and entry.nbytes <= self.ram.capacity:
+            try:
+                new = self.ram.put(entry, hold=True)
+            except StoreFullError:
+                # Everything in memory waits for the disk. Waiting as well would hold up decoding.
+                self._counters.add(dropped=1)
+                raise
+            if new:
+                self._behind.submit(entry)
+            else:
+                self.ram.release([entry.key])
+            return
+        if self.disk is None and self.remote is None:
+            self.ram.put(entry)
+            return
+        self._write(entry)
+        with contextlib.suppress(StoreFullError):
+            self.ram.put(entry)
+
+    def _write(self, entry: Entry) -> None:
+        seal(entry)
+        if self.disk is not None:
+            self.disk.put(entry)
+        if self.remote is not None:
+            self.remote.put(entry)
+
+    def _write_quietly(self, entry: Entry) -> None:
+        """What the thread does: it has nobody to tell."""
+        try:
+            self._write(entry)
+        except (LlamaStateError, OSError) as error:
+            self._counters.add(dropped=1)
+            self.complain(error)
+        finally:
+            self.ram.release([entry.key])
+
+    def complain(self, error: Exception) -> None:
+        """Say once that the store is full; inference goes on without it."""
+        with self._lock:
+            if self._warned:
+                return
+            self._warned = True
+        warnings.warn(f"the prefix store takes no more: {error}", RuntimeWarning, stacklevel=4)
+
+    def drop(self, key: bytes) -> None:
+        """Forget an entry whose bytes are wrong."""
+        self._counters.add(damaged=1)
+        self.ram.drop(key)
+        if self.disk is not None:
+            self.disk.drop(key)
+
+    def flush(self) -> None:
+        """Wait until everything that was put is written."""
+        if self._behind is not None:
+            self._behind.flush()
+        if self.disk is not None:
+            self.disk.flush()
+
+    def close(self) -> None:
+        """Write what is waiting, and let go."""
+        if self._behind is not None:
+            self._behind.close()
+        if self.disk is not None:
+            self.disk.close()
+        if self.remote is not None:
+            self.remote.close()
+        self.ram.close()
+
+
+def _writer(levels: weakref.ref[Levels]) -> Callable[[Entry], None]:
+    def write(entry: Entry) -> None:
+        alive = levels()
+        if alive is not None:
+            alive._write_quietly(entry)
+
+    return write
