@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 __all__ = [
     "AdapterLoadError",
     "BadMagicError",
+    "BatchChangedError",
     "BufferTooSmallError",
     "ClosedError",
     "ContextBusyError",
@@ -35,6 +36,7 @@ __all__ = [
     "InvalidBufferError",
     "InvalidFlagsError",
     "InvalidPositionError",
+    "InvalidRequestError",
     "InvalidSequenceError",
     "LayoutMismatchError",
     "LlamaStateError",
@@ -47,6 +49,7 @@ __all__ = [
     "NoKVSlotError",
     "NotEnoughCellsError",
     "OnDeviceStateError",
+    "OutputMovedError",
     "PendingUpdateError",
     "SamplerError",
     "SaveError",
@@ -504,3 +507,44 @@ class StoreFullError(LlamaStateError, OSError):
     path: str | None
     needed: int | None
     available: int | None
+
+
+# --- batches ----------------------------------------------------------------------------------------------------------
+
+
+class InvalidRequestError(LlamaStateError, ValueError):
+    """A line of a batch that is no request, or asks for what there is not.
+
+    ``code`` is a word for programs, ``param`` the field to blame, ``line`` the number of the line, from 1.
+    """
+
+    fields: ClassVar[tuple[str, ...]] = ("code", "param", "line", "custom_id", "reason")
+    code: str | None
+    param: str | None
+    line: int | None
+    custom_id: str | None
+    reason: str | None
+
+
+class BatchChangedError(LlamaStateError, ValueError):
+    """The output holds results of another run, or of other requests by the same names. Nothing was changed.
+
+    ``field`` is the first option of the run that differs, or "body"; then ``custom_ids`` are some of ``count``.
+    """
+
+    fields: ClassVar[tuple[str, ...]] = ("path", "field", "expected", "found", "custom_ids", "count")
+    path: str | None
+    field: str | None
+    expected: Any
+    found: Any
+    custom_ids: tuple[str, ...] | None
+    count: int | None
+
+
+class OutputMovedError(LlamaStateError, OSError):
+    """The output of a batch is not where it was. What was written, ``n_results`` results, is in the file that moved."""
+
+    fields: ClassVar[tuple[str, ...]] = ("path", "n_results", "reason")
+    path: str | None
+    n_results: int | None
+    reason: str | None
