@@ -311,12 +311,16 @@ class PrefixStore:
         Where a block turns out to be damaged or gone the prefix is shorter. Cost: every byte moves once from memory to
         llama.cpp if the context is unified, ``seq_id`` empty and another sequence empty too; else twice.
         """
-        return self._load(ctx, seq_id, tokens, max_tokens)[0]
+        return self.load_with_logits(ctx, seq_id, tokens, max_tokens=max_tokens)[0]
 
-    def _load(
-        self, ctx: Context, seq_id: int, tokens: TokensLike, max_tokens: int | None = None
+    def load_with_logits(
+        self, ctx: Context, seq_id: int, tokens: TokensLike, *, max_tokens: int | None = None
     ) -> tuple[int, npt.NDArray[np.float32] | None]:
-        """As :meth:`load`; also the logits that follow, if they are known."""
+        """As :meth:`load`; also the logits that follow, float32[n_vocab], if they are known.
+
+        They are where a session put them, at the end of a prompt or turn, for models with a sliding window or a
+        recurrent state. With full attention the last token can be decoded again.
+        """
         self._check_open()
         with ctx._handle:
             ids = as_tokens(tokens, ctx.model.n_vocab)

@@ -171,7 +171,7 @@ def test_a_session_brings_its_checkpoints_and_logits():
         session.feed(IDS)
         kept.put(session)
         assert kept.lookup(IDS[:140]) == 128
-        n, logits = kept._load(ctx, 1, IDS)
+        n, logits = kept.load_with_logits(ctx, 1, IDS)
         assert n == len(IDS)
         assert logits is not None
         assert np.array_equal(logits, session.logits)
