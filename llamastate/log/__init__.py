@@ -8,7 +8,7 @@ imported (docs/log.md), so that fields and kinds of a newer version go through a
 ``store``                  what a store has to do; ``memory``, ``sqlite``, ``rescue``, ``conformance``
 ``sessionlog``, ``aio``    one session's log, for threads and for asyncio
 ``jsonl``, ``tree``        logs as text; forks as a picture
-``resuming``               from a log to a live :class:`~llamastate.Session`; all else here needs no model
+``states``, ``resuming``   from a log to a live :class:`~llamastate.Session`; all else here needs no model
 
 A fork copies the folded state into a first entry of its own and names the entry that it comes from. It shares nothing
 with its origin: each log can be verified, exported and kept alone, and damage to one is not damage to many.
@@ -48,7 +48,7 @@ from llamastate.log.items import (
 from llamastate.log.jsonl import Imported, export_jsonl, export_lines, import_jsonl
 from llamastate.log.memory import MemoryLogStore
 from llamastate.log.rescue import salvage
-from llamastate.log.resuming import Resumed, branch, lock_session, render, resume, resume_log, sync_text
+from llamastate.log.resuming import Resumed, aresume, branch, lock_session, render, resume, resume_log, sync_text
 from llamastate.log.sessionlog import SessionLog, new_session_id
 from llamastate.log.sqlite import SQLiteLogStore
 from llamastate.log.store import Head, LogInfo, LogStore
@@ -83,6 +83,7 @@ __all__ = [
     "TurnEnd",
     "UnknownEntry",
     "UserInput",
+    "aresume",
     "assistant",
     "branch",
     "canonical",

@@ -8,7 +8,6 @@ tokens of the rendered history and nothing else; a state only saves decoding wha
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import logging
 import os
 from collections.abc import Callable, Mapping
@@ -17,28 +16,23 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from llamastate.arrays import Int32Array, TokensLike, as_tokens
-from llamastate.errors import (
-    CorruptStateError,
-    FingerprintMismatchError,
-    InvalidArgumentError,
-    LlamaStateError,
-    StateFileNotFoundError,
-)
-from llamastate.fingerprint import Fingerprint, require_same
-from llamastate.log.chaining import HASH_BYTES
+from llamastate.errors import FingerprintMismatchError, InvalidArgumentError, LlamaStateError
 from llamastate.log.folding import RestoredState, StateReference
 from llamastate.log.items import item_kind, to_messages
 from llamastate.log.memory import moved
 from llamastate.log.sessionlog import SessionLog
+from llamastate.log.states import put_into, require_stored, saved_to, usable_snapshot
 from llamastate.log.store import LogStore
 from llamastate.session import Session, SyncResult
-from llamastate.snapshot import Snapshot
+from llamastate.sessionio import in_thread
 
 if TYPE_CHECKING:
     from llamastate.context import Context
     from llamastate.model import Model
+    from llamastate.prefix import PrefixStore
+    from llamastate.snapshot import Snapshot
 
-__all__ = ["Resumed", "branch", "lock_session", "render", "resume", "resume_log", "sync_text"]
+__all__ = ["Resumed", "aresume", "branch", "lock_session", "render", "resume", "resume_log", "sync_text"]
 
 _log = logging.getLogger("llamastate.log")
 
@@ -72,18 +66,25 @@ class Resumed(NamedTuple):
 
 
 def lock_session(
-    log: SessionLog, session: Session, path: str | os.PathLike[str], *, locked_prefix_len: int | None = None
+    log: SessionLog,
+    session: Session,
+    path: str | os.PathLike[str] | None = None,
+    *,
+    prefix: PrefixStore | None = None,
+    locked_prefix_len: int | None = None,
 ) -> str:
-    """Save a session's state to a file, and record in its log that it is there.
+    """Keep a session's state, and record in its log where it is.
 
     Parameters
     ----------
     log : SessionLog
     session : Session
         That holds the log's history, or the beginning of it.
-    path : path-like
-        Of the snapshot. If it is in or below the folder of the store, it is recorded relative to that: they can be
-        moved together. A file that an older entry names should not be replaced: its hash is in that entry.
+    path : path-like, optional
+        Of a snapshot to be saved. If it is in or below the folder of the store, it is recorded relative to that: they
+        can be moved together. A file that an older entry names should not be replaced: its hash is in that entry.
+    prefix : PrefixStore, optional
+        To put the session into, instead or as well; the chain hash of its last block is recorded.
     locked_prefix_len : int, optional
         Items that are fixed from now on; all, if not given.
 
@@ -96,34 +97,30 @@ def lock_session(
     ------
     HeadMovedError
         Somebody else has appended to the log; nothing is recorded, and a file that was not there is not.
-    SaveError
-        The snapshot cannot be written.
+    SaveError, StoreFullError
+        The snapshot cannot be written, the prefix store cannot take it.
 
     Notes
     -----
     Besides saving, one BLAKE2b over the snapshot: about a second a gigabyte.
     """
+    if path is None and prefix is None:
+        raise InvalidArgumentError("where to? give path, prefix or both", name="path", value=None)
     found = log.store.head(log.id).hash
     if found != log.head_hash:
         raise moved(log.id, log.head_hash, found)
     n = len(log.restore().history) if locked_prefix_len is None else locked_prefix_len
-    was_there = os.path.lexists(path)
-    with session.snapshot() as snapshot:
-        size = snapshot.save(path)
-        with memoryview(snapshot) as image:
-            digest = _digest(image)
-        reference = {
-            "path": _recorded_path(log.store, path),
-            "blake2b": digest,
-            "size": size,
-            "n_tokens": snapshot.n_tokens,
-            "tokens": _digest(snapshot.tokens.astype("<i4").tobytes()),
-            "fingerprint": snapshot.fingerprint.to_dict(),
-        }
+    was_there = path is None or os.path.lexists(path)
+    state: dict[str, Any] = {}
     try:
-        return log.save_cache_locked(n, state={"snapshot": reference})
+        if path is not None:
+            with session.snapshot() as snapshot:
+                state["snapshot"] = saved_to(path, snapshot, log.store)
+        if prefix is not None:
+            state["prefix"] = put_into(prefix, session)
+        return log.save_cache_locked(n, state=state)
     except BaseException:
-        if not was_there:
+        if path is not None and not was_there:
             with contextlib.suppress(OSError):
                 os.unlink(path)
         raise
@@ -206,6 +203,11 @@ def resume(store: LogStore, session_id: str, ctx: Context, **options: Any) -> Se
     return resume_log(SessionLog.open(store, session_id), ctx, **options).session
 
 
+async def aresume(store: LogStore, session_id: str, ctx: Context, **options: Any) -> Session:
+    """:func:`resume` for asyncio. A task that is cancelled waits for what is under way."""
+    return await in_thread(lambda stopped: resume(store, session_id, ctx, **options))
+
+
 def resume_log(
     log: SessionLog,
     ctx: Context,
@@ -214,6 +216,7 @@ def resume_log(
     render: Renderer | None = None,  # the function of that name is what it is otherwise
     on_mismatch: str = "raise",
     state: bool = True,
+    prefix: PrefixStore | None = None,
     variables: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Resumed:
@@ -232,6 +235,8 @@ def resume_log(
         When there are states, but all of another model or other settings: say so, or decode everything with this one.
     state : bool
         Whether saved states are to be used; else everything is decoded.
+    prefix : PrefixStore, optional
+        Where states are that were locked into one. If none serves, what it has of these tokens is used all the same.
     variables : mapping, optional
         More names for the chat template.
     **options
@@ -252,8 +257,8 @@ def resume_log(
 
     Notes
     -----
-    A state serves if its file is there, has the hash that the log has on record, and was made by this model with these
-    settings. Reads that file; decodes O(new tokens).
+    A state serves if it is there, has the hash that the log has on record, and was made by this model with these
+    settings. Reads it; decodes O(new tokens).
     """
     if on_mismatch not in ("raise", "decode"):
         raise InvalidArgumentError(
@@ -264,23 +269,23 @@ def resume_log(
     wanted = _default_render(model, folded, variables) if render is None else render(folded)
     if not isinstance(wanted, str):
         wanted = as_tokens(wanted, model.n_vocab)
+    spelt = _spell(model, np.empty(0, np.int32), wanted) if isinstance(wanted, str) else wanted
     skipped: list[tuple[StateReference, LlamaStateError]] = []
     with ctx._handle, contextlib.ExitStack() as stack:
-        source, snapshot = _newest(log, folded.states if state else [], ctx, skipped, stack)
-        if snapshot is None and on_mismatch == "raise":
+        source, snapshot = _newest(log.store, folded.states if state else [], ctx, prefix, spelt, skipped, stack)
+        if source is None and on_mismatch == "raise":
             for _, problem in skipped:
                 if isinstance(problem, FingerprintMismatchError):
                     raise problem
-        held = np.empty(0, np.int32) if snapshot is None else snapshot.tokens
-        tokens = _spell(model, held, wanted) if isinstance(wanted, str) else wanted
+        if snapshot is not None and isinstance(wanted, str):
+            spelt = _spell(model, snapshot.tokens, wanted)
         old = ctx.state_seq_get_data(seq_id) if ctx.seq_pos_max(seq_id) >= 0 else None
         try:
             if snapshot is not None:
                 session = Session.from_snapshot(ctx, snapshot, seq_id=seq_id, **options)
             else:
-                ctx.seq_rm(seq_id)
-                session = Session(ctx, seq_id, **options)
-            sync = session.sync(tokens)
+                session = _from_prefix(ctx, seq_id, spelt, prefix if state else None, options)
+            sync = session.sync(spelt)
         except BaseException:
             ctx.seq_rm(seq_id)
             if old is not None:
@@ -322,69 +327,44 @@ def branch(
 
 
 def _newest(
-    log: SessionLog,
+    store: LogStore,
     states: list[StateReference],
     ctx: Context,
+    prefix: PrefixStore | None,
+    tokens: Int32Array,
     skipped: list[tuple[StateReference, LlamaStateError]],
     stack: contextlib.ExitStack,
 ) -> tuple[StateReference | None, Snapshot | None]:
+    """The state, and its snapshot if it is not in the prefix store."""
     for reference in reversed(states):
-        recorded = reference.state.get("snapshot")
-        if not isinstance(recorded, dict):
-            continue  # of another kind, which is not ours to judge
-        snapshot, problem = _usable(log, recorded, ctx)
-        if snapshot is not None:
-            return reference, stack.enter_context(snapshot)
-        if problem is not None:
-            skipped.append((reference, problem))
+        # members of other names are not ours to judge
+        if isinstance(recorded := reference.state.get("prefix"), dict):
+            try:
+                require_stored(prefix, recorded, ctx, tokens)
+                return reference, None
+            except LlamaStateError as problem:
+                skipped.append((reference, problem))
+        if isinstance(recorded := reference.state.get("snapshot"), dict):
+            try:
+                return reference, stack.enter_context(usable_snapshot(store, recorded, ctx))
+            except LlamaStateError as problem:
+                skipped.append((reference, problem))
     return None, None
 
 
-def _usable(log: SessionLog, recorded: dict[str, Any], ctx: Context) -> tuple[Snapshot | None, LlamaStateError | None]:
-    snapshot = None
-    try:
-        # told by the log alone, so that a wrong model is one also when the file is gone
-        if isinstance(fingerprint := recorded.get("fingerprint"), dict):
-            require_same(Fingerprint.from_dict(fingerprint), ctx.fingerprint)
-        snapshot = Snapshot.open(_found_path(log.store, recorded.get("path")), verify=False)
-        with memoryview(snapshot) as image:
-            found = _digest(image)
-        if found != recorded.get("blake2b"):
-            raise CorruptStateError(
-                f"{snapshot.path!r} is not the file that the log has on record",
-                path=snapshot.path,
-                reason="another hash",
-                section="file",
-            )
-        require_same(snapshot.fingerprint, ctx.fingerprint)
-    except LlamaStateError as problem:
-        if snapshot is not None:
-            snapshot.close()
-        return None, problem
-    return snapshot, None
-
-
-def _digest(data: Any) -> str:
-    return hashlib.blake2b(data, digest_size=HASH_BYTES).hexdigest()
-
-
-def _folder(store: LogStore) -> str | None:
-    path = getattr(store, "path", None)
-    return os.path.dirname(os.path.realpath(path)) if isinstance(path, (str, os.PathLike)) else None
-
-
-def _recorded_path(store: LogStore, path: str | os.PathLike[str]) -> str:
-    whole, folder = os.path.realpath(os.fsdecode(path)), _folder(store)
-    if folder is not None and os.path.commonpath([whole, folder]) == folder:
-        return os.path.relpath(whole, folder).replace(os.sep, "/")
-    return whole
-
-
-def _found_path(store: LogStore, recorded: Any) -> str:
-    if not isinstance(recorded, str):
-        raise StateFileNotFoundError("the log names no file", reason="no path")
-    folder = _folder(store)
-    return recorded if folder is None else os.path.join(folder, recorded)
+def _from_prefix(
+    ctx: Context, seq_id: int, tokens: Int32Array, prefix: PrefixStore | None, options: dict[str, Any]
+) -> Session:
+    """A session with as much of the tokens as the prefix store has."""
+    n, logits = 0, None
+    if prefix is None:
+        ctx.seq_rm(seq_id)
+    else:
+        n, logits = prefix.load_with_logits(ctx, seq_id, tokens)
+    session = Session(ctx, seq_id, tokens=tokens[:n], **options)
+    if logits is not None:
+        session._logits, session._has_logits = logits, True
+    return session
 
 
 # --- from text to tokens ----------------------------------------------------------------------------------------------
