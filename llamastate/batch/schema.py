@@ -21,8 +21,10 @@ __all__ = ["json_grammar", "schema_grammar"]
 #: They say nothing about which values are valid. Of ``format`` only those in :data:`_FORMATS` are kept; JSON Schema has
 #: the others as remarks.
 _REMARKS = frozenset(
-    ["$schema", "$id", "$comment", "$anchor", "$defs", "definitions", "title", "description", "default", "examples"]
-    + ["deprecated", "readOnly", "writeOnly", "discriminator", "contentEncoding", "contentMediaType"]
+    [
+        *("$schema", "$id", "$comment", "$anchor", "$defs", "definitions", "title", "description", "default"),
+        *("examples", "deprecated", "readOnly", "writeOnly", "discriminator", "contentEncoding", "contentMediaType"),
+    ]
 )
 _TYPES = ("object", "array", "string", "number", "integer", "boolean", "null")
 #: Bounds of integers become one alternative for each value up to so many.
