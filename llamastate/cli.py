@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from datetime import datetime, timezone
 from typing import Any
 
-from llamastate import __version__, layout, logcli, snapfile
+from llamastate import __version__, layout, logcli, snapfile, storecli
+from llamastate.clitext import age, print_table, size
 from llamastate.errors import BadMagicError, CorruptStateError, LlamaStateError, MediaTokensError
 from llamastate.layout.infer import identify
 from llamastate.layout.known import what_is
@@ -96,6 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     sessions.add_argument("--json", action="store_true", help="for programs")
     sessions.set_defaults(run=_sessions)
     logcli.add_commands(commands, _EPILOG, form)
+    storecli.add_commands(commands, _EPILOG, form)
     return parser
 
 
@@ -151,13 +153,9 @@ def _sessions(options: argparse.Namespace) -> int:
         model = info.model or (info.fingerprint.architecture if info.fingerprint else "-")
         model = f"damaged: {info.error}" if info.damaged else model
         rows.append(
-            (info.name, _or_dash(info.n_tokens), _size(info.size), _or_dash(info.n_checkpoints), _age(info.age), model)
+            (info.name, _or_dash(info.n_tokens), size(info.size), _or_dash(info.n_checkpoints), age(info.age), model)
         )
-    widths = [max(len(row[i]) for row in rows) for i in range(5)]
-    for name, *numbers, model in rows:
-        print(
-            "  ".join([name.ljust(widths[0]), *(n.rjust(w) for n, w in zip(numbers, widths[1:], strict=True)), model])
-        )
+    print_table(rows, left=(0, 5))
     return int(any(info.damaged for info in infos))
 
 
@@ -310,7 +308,7 @@ def _print_facts(facts: dict[str, Any]) -> None:
             for key, item in value.items():
                 print(f"  {key:<18} {item if isinstance(item, str) else json.dumps(item)}")
             continue
-        text = f"{_size(value)} ({value} bytes)" if name.endswith("size") else "-" if value is None else value
+        text = f"{size(value)} ({value} bytes)" if name.endswith("size") else "-" if value is None else value
         print(f"{name:<20} {', '.join(text) if isinstance(text, list) else text}")
     for point in facts.get("checkpoints", ()):
         print(f"checkpoint           {point['n_tokens']:>8} tokens  {point['label'] or ''}")
@@ -320,23 +318,6 @@ def _print_facts(facts: dict[str, Any]) -> None:
 
 def _or_dash(value: int | None) -> str:
     return "-" if value is None else str(value)
-
-
-def _size(n: float) -> str:
-    if n < 1000:
-        return f"{n:.0f} B"
-    for unit in ("kB", "MB", "GB"):
-        n /= 1000
-        if n < 1000:
-            return f"{n:.1f} {unit}"
-    return f"{n / 1000:.1f} TB"
-
-
-def _age(seconds: float) -> str:
-    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= length:
-            return f"{seconds / length:.0f} {unit}"
-    return f"{seconds:.0f} s"
 
 
 def _iso(ns: float) -> str | None:

@@ -35,7 +35,7 @@ from llamastate.prefix.diskstats import DiskCounters, DiskStats
 from llamastate.prefix.entry import Entry, seal
 from llamastate.prefix.folder import Allocate, Folder, row_of
 from llamastate.prefix.housekeeping import Damaged, Reclaimed
-from llamastate.prefix.index import Index, Root, Row
+from llamastate.prefix.index import Index, Root, RootUse, Row
 
 __all__ = ["Damaged", "DiskStats", "DiskTier", "Reclaimed"]
 
@@ -176,6 +176,11 @@ class DiskTier:
         """What has been put, by model and size of blocks, the oldest first."""
         return self._index.roots()
 
+    def use(self) -> list[RootUse]:
+        """What there is of each root, the oldest first. Looks at every row of the index."""
+        self._check_open()
+        return self._index.use()
+
     def stats(self) -> DiskStats:
         """What is there, and what this process has done. Looks at one row."""
         totals = self._index.totals()
@@ -221,7 +226,8 @@ class DiskTier:
             with contextlib.suppress(LlamaStateError, sqlite3.Error):
                 self._index.without_row([key], self._folder.unlink)
             raise
-        self._use([entry.parent])
+        # Written now and then: others must not see the beginning of a chain as older than its end for long.
+        self.touch([entry.parent])
         if new:
             self._count(writes=1, written_bytes=entry.nbytes)
         return new

@@ -16,7 +16,7 @@ from llamastate.prefix.chain import KEY_BYTES
 from llamastate.prefix.database import Database
 from llamastate.prefix.entry import Kind
 
-__all__ = ["VERSION", "Index", "Root", "Row", "Totals"]
+__all__ = ["VERSION", "Index", "Root", "RootUse", "Row", "Totals"]
 
 VERSION = 1
 
@@ -59,6 +59,15 @@ SIZES = (1, 8, 64, 256)
 
 _COLUMNS = "e.key, e.parent, r.root, e.kind, e.start, e.tail, e.nbytes, e.used, e.pinned"
 _ROWS = f"SELECT {_COLUMNS} FROM entries e JOIN roots r ON r.id = e.root"
+
+_USE = """
+SELECT
+    r.root, r.fingerprint, r.block_tokens, r.kind, r.created,
+    coalesce(sum(e.kind <> 2), 0), coalesce(sum(e.kind = 2), 0), coalesce(sum(e.nbytes), 0),
+    coalesce(sum((e.kind = 2) * e.nbytes), 0), coalesce(sum((e.pinned > 0) * e.nbytes), 0),
+    coalesce(sum((e.kind <> 2) * e.tail), 0), coalesce(max(e.start + e.tail), 0), min(e.used), max(e.used)
+FROM roots r LEFT JOIN entries e ON e.root = r.id GROUP BY r.id ORDER BY r.id
+"""
 
 # From one tail straight to the next, however many anchors have it.
 _TAILS = """
@@ -139,6 +148,30 @@ class Totals:
     pinned_bytes: int
 
 
+@dataclass(frozen=True)
+class RootUse:
+    """What there is of one root.
+
+    Attributes
+    ----------
+    root : Root
+    totals : Totals
+    tokens : int
+        Tokens of all blocks: what is shared counts once.
+    longest : int
+        Tokens of the longest prefix, from the first on.
+    first_used, last_used : int or None
+        When the entry that was of no use for longest, and the one used last, were of use; microseconds since 1970.
+    """
+
+    root: Root
+    totals: Totals
+    tokens: int
+    longest: int
+    first_used: int | None
+    last_used: int | None
+
+
 class Index:
     """The table of entries.
 
@@ -211,6 +244,11 @@ class Index:
         """All roots, oldest first."""
         query = "SELECT root, fingerprint, block_tokens, kind, created FROM roots ORDER BY id"
         return [Root(*row) for row in self.database.read(lambda c: c.execute(query).fetchall())]
+
+    def use(self) -> list[RootUse]:
+        """What there is of each root, oldest first. Looks at every row: about half a second for a million."""
+        found = self.database.read(lambda c: c.execute(_USE).fetchall())
+        return [RootUse(Root(*row[:5]), Totals(*row[5:10]), *row[10:]) for row in found]
 
     # --- changing -----------------------------------------------------------------------------------------------------
 

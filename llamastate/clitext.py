@@ -1,0 +1,34 @@
+"""Numbers and tables as a terminal shows them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+__all__ = ["age", "print_table", "size"]
+
+
+def size(n: float) -> str:
+    """Bytes in words: ``"1.5 MB"``."""
+    if n < 1000:
+        return f"{n:.0f} B"
+    for unit in ("kB", "MB", "GB"):
+        n /= 1000
+        if n < 1000:
+            return f"{n:.1f} {unit}"
+    return f"{n / 1000:.1f} TB"
+
+
+def age(seconds: float) -> str:
+    """A length of time in words: ``"3 h"``."""
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def print_table(rows: Sequence[Sequence[str]], left: Sequence[int]) -> None:
+    """Print rows, the first of them the heads; columns are set right, but for those numbered in ``left``."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        cells = [c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
+        print("  ".join(cells).rstrip())
