@@ -200,7 +200,7 @@ def tells_lineage(store: LogStore) -> None:
 
 
 def takes_transactions_back(store: LogStore) -> None:
-    """A block that fails leaves nothing, one that ends leaves all, blocks in blocks are one."""
+    """A block that fails leaves nothing, one that ends leaves all; one within another can fail alone."""
     entries = _session(store, "a", 2)
     try:
         with store.transaction():
@@ -218,7 +218,29 @@ def takes_transactions_back(store: LogStore) -> None:
         store.append("a", more)
         _refuses(HeadMovedError, lambda: store.append("a", more))
         store.create("b", _start())
+        try:
+            with store.transaction():
+                store.create("c", _start())
+                store.append("a", _next(entries + more, TurnEnd(2)))
+                store.append("b", _next(_start(), TurnEnd(2)))
+                raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            pass
+        assert list(store.read("a")) == entries + more, "the inner block was not taken back"
+        with store.transaction():
+            more += _next(entries + more, TurnEnd(3))
+            store.append("a", more[-1:])
     assert list(store.read("a")) == entries + more
+    assert [info.id for info in store.sessions()] == ["b", "a"]
+    try:
+        with store.transaction():
+            with store.transaction():
+                store.append("a", _next(entries + more, TurnEnd(4)))
+                store.create("d", _start())
+            raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        pass
+    assert list(store.read("a")) == entries + more, "the outer block was not taken back"
     assert [info.id for info in store.sessions()] == ["b", "a"]
 
 

@@ -21,7 +21,7 @@ class MemoryLogStore:
     def __init__(self) -> None:
         self._lock = threading.RLock()
         self._logs: dict[str, list[StoredEntry]] = {}
-        # lengths before the transaction that is under way; 0 for what was not there
+        # lengths before the innermost transaction that is under way; 0 for what was not there
         self._before: dict[str, int] | None = None
         self._closed = False
 
@@ -89,10 +89,7 @@ class MemoryLogStore:
         """All or nothing (:meth:`LogStore.transaction`)."""
         with self._lock:
             self._check_open()
-            if self._before is not None:
-                yield
-                return
-            self._before = {}
+            outer, self._before = self._before, {}
             try:
                 yield
             except BaseException:
@@ -101,8 +98,12 @@ class MemoryLogStore:
                     if not n:
                         del self._logs[name]
                 raise
+            else:
+                if outer is not None:
+                    for name, n in self._before.items():
+                        outer.setdefault(name, n)
             finally:
-                self._before = None
+                self._before = outer
 
     def close(self) -> None:
         """Forget everything."""

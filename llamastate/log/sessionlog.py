@@ -27,6 +27,7 @@ from llamastate.log.entries import (
     SessionStart,
     TurnEnd,
     UnknownEntry,
+    encode,
     now_ms,
     to_raw,
 )
@@ -176,6 +177,9 @@ class SessionLog:
         """
         with self._lock:
             n, head = self._n, self._head
+        return self._folded(n, head)
+
+    def _folded(self, n: int, head: str) -> RestoredState:
         return fold(checked(read_all(self.store, self._id, stop=n), n_entries=n, head_hash=head))
 
     def verify(self, *, head_hash: str | None = None) -> int:
@@ -243,12 +247,13 @@ class SessionLog:
                 raise InvalidArgumentError(f"{type(entry).__name__} is no entry", name="entries", value=entry)
             if entry.kind == "session_start":
                 raise InvalidArgumentError("a session starts once", name="entries", value=entry.kind)
-        with self._lock:
-            if entries:
-                stored = chain(entries, index=self._n, prev_hash=self._head)
+        data = [encode(entry) for entry in entries]
+        if data:
+            with self.transaction():
+                stored = chain(data, index=self._n, prev_hash=self._head)
                 self.store.append(self._id, stored)
                 self._n, self._head = stored[-1].index + 1, stored[-1].hash
-            return self._head
+        return self._head
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:
@@ -256,14 +261,23 @@ class SessionLog:
 
         Much faster than one by one: the store waits for the disk and for others once.
         """
-        with self._lock:
-            before = self._n, self._head
-            try:
-                with self.store.transaction():
+        # The store's turn comes before this log's, here and wherever both are needed: threads that write to several
+        # logs in one block would else wait for each other for ever.
+        after: tuple[int, str] | None = None
+        try:
+            with self.store.transaction(), self._lock:
+                before = self._n, self._head
+                try:
                     yield
-            except BaseException:
-                self._n, self._head = before
-                raise
+                except BaseException:
+                    self._n, self._head = before
+                    raise
+                after = self._n, self._head
+        except BaseException:
+            with self._lock:
+                if after == (self._n, self._head):  # it was the end that failed
+                    self._n, self._head = before
+            raise
 
     def save_delta(self, items: Iterable[Any]) -> str:
         """Record items that the history has gained, in order, all or none.
@@ -344,10 +358,13 @@ class SessionLog:
 
     def refresh(self) -> bool:
         """Look where the log ends now; whether somebody has appended."""
-        with self._lock:
-            before = self._head
-            self._n, self._head = self.store.head(self._id)
-            return self._head != before
+        while True:
+            before = self._n, self._head
+            found = self.store.head(self._id)
+            with self._lock:
+                if (self._n, self._head) == before:  # else another thread has saved meanwhile
+                    self._n, self._head = found
+                    return found.hash != before[1]
 
     def ensure_head_or_fork(self) -> bool:
         """If somebody has appended, go on apart: as a fork from the last entry that this object knows of.
@@ -357,12 +374,15 @@ class SessionLog:
         bool
             Whether it was forked; :attr:`id` and :attr:`head_hash` are the fork's then.
         """
-        with self._lock:
+        if self.store.head(self._id).hash == self._head:
+            return False
+        with self.store.transaction(), self._lock:
             if self.store.head(self._id).hash == self._head:
-                return False
+                return False  # another thread has done it
             fork = self.fork()
+        with self._lock:
             self._id, self._n, self._head = fork._id, fork._n, fork._head
-            return True
+        return True
 
     def fork(self, *, session_id: str | None = None) -> Self:
         """Begin another session that has everything up to :attr:`head_hash`.
@@ -378,7 +398,8 @@ class SessionLog:
             It restores to an equal state, and records where it comes from (``forked_from``).
         """
         with self._lock:
-            return self._fork(self._n, self._head, session_id)
+            n, head = self._n, self._head
+        return self._fork(n, head, session_id)
 
     def fork_at(self, at_hash: str, *, session_id: str | None = None) -> Self:
         """Begin another session that has everything up to an entry, that included.
@@ -405,7 +426,7 @@ class SessionLog:
         return self._fork(index + 1, at_hash, session_id)
 
     def _fork(self, n: int, at_hash: str, session_id: str | None) -> Self:
-        state = fold(checked(read_all(self.store, self._id, stop=n), n_entries=n, head_hash=at_hash))
+        state = self._folded(n, at_hash)
         start = SessionStart(
             system_prompt=state.system_prompt,
             config=state.config,
@@ -441,7 +462,9 @@ class SessionLog:
             history stay with the old session.
         """
         with self._lock:
-            state, origin = self.restore(), SessionOrigin(self._id, self._head)
+            n, head = self._n, self._head
+        state = self._folded(n, head)
+        origin = SessionOrigin(self._id, head)
         turns = [] if state.turn_end is None else [Kept(0, to_raw(state.turn_end))]
         start = SessionStart(
             system_prompt=state.system_prompt if system_prompt is _KEEP else _prompt(system_prompt),

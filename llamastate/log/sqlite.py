@@ -8,6 +8,7 @@ import sqlite3
 import struct
 import threading
 import time
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from llamastate.errors import (
     CorruptStateError,
     FileAccessError,
     InvalidArgumentError,
+    LlamaStateError,
     StateFileNotFoundError,
     VersionMismatchError,
 )
@@ -48,6 +50,9 @@ _SYNC = {"normal": "NORMAL", "full": "FULL"}
 #: Pages of the write-ahead log at which it is brought home: that costs an fsync or two, and so not often.
 _CHECKPOINT = 8192
 _INFO = "id, n_entries, head, created, updated, relation, origin_id, origin_hash"
+# IMMEDIATE: who reads first and writes later can find that another has written in between.
+_OUTER = "BEGIN IMMEDIATE", "COMMIT", "ROLLBACK"
+_INNER = "SAVEPOINT s", "RELEASE s", "ROLLBACK TO s"
 _INSERT = "INSERT INTO entries (place, hash, data) VALUES (?, ?, ?)"
 
 
@@ -115,9 +120,12 @@ class SQLiteLogStore:
         self._sync, self._timeout, self._read_only = _SYNC[sync], timeout, read_only
         self._lock = threading.RLock()
         self._depth = 0
+        # an append that failed half-way, in a transaction that goes on
+        self._spoilt: BaseException | None = None
+        self._forked = False
         self._connection: sqlite3.Connection | None = None
-        self._pid = os.getpid()
         self._connection = self._open()
+        _open_stores.add(self)
 
     # --- opening ------------------------------------------------------------------------------------------------------
 
@@ -199,14 +207,19 @@ class SQLiteLogStore:
     def _db(self) -> sqlite3.Connection:
         """The connection. To be called, and its result used, under the lock."""
         if self._connection is None:
-            raise ClosedError("the store is closed", what="store")
-        if self._pid != os.getpid():
-            # A connection must not cross a fork, not even to be closed.
-            _abandoned.append(self._connection)
-            self._depth = 0
+            if not self._forked:
+                raise ClosedError("the store is closed", what="store")
             self._connection = self._open()
-            self._pid = os.getpid()
+            self._forked = False
         return self._connection
+
+    def _after_fork(self) -> None:
+        """In a child: a connection must not cross a fork, not even to be closed, and nobody is left to unlock."""
+        self._lock = threading.RLock()
+        self._depth, self._spoilt = 0, None
+        if self._connection is not None:
+            _abandoned.append(self._connection)
+            self._connection, self._forked = None, True
 
     # --- writing ------------------------------------------------------------------------------------------------------
 
@@ -215,22 +228,44 @@ class SQLiteLogStore:
         """All or nothing (:meth:`LogStore.transaction`): one wait for the disk, or for others, instead of many."""
         with self._lock, translated(self.path):
             db = self._db()
-            if self._depth:
-                yield  # an error in a block within a block takes back the whole
-                return
-            # IMMEDIATE: who reads first and writes later can find that another has written in between.
-            db.execute("BEGIN IMMEDIATE")
+            begin, end, back = _INNER if self._depth else _OUTER
+            db.execute(begin)
             self._depth += 1
             try:
                 yield
-                db.execute("COMMIT")
+                if self._spoilt is not None:
+                    raise self._spoilt
+                db.execute(end)
             except BaseException:
-                if db.in_transaction:
-                    with contextlib.suppress(sqlite3.Error):
-                        db.execute("ROLLBACK")
+                self._spoilt = None
+                with contextlib.suppress(sqlite3.Error):  # a full disk can have ended it already
+                    db.execute(back)
+                    if begin is _INNER[0]:
+                        db.execute(end)
                 raise
             finally:
                 self._depth -= 1
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[sqlite3.Connection]:
+        """As :meth:`transaction`, for a few statements that do not fail by themselves.
+
+        In a transaction that is under way they need no savepoint then: should the disk be full half-way, the whole of
+        it cannot end well any more.
+        """
+        with self._lock:
+            if not self._depth:
+                with self.transaction():
+                    yield self._db()
+                return
+            with translated(self.path):
+                try:
+                    yield self._db()
+                except LlamaStateError:
+                    raise  # refused, before anything was written
+                except BaseException as error:
+                    self._spoilt = error
+                    raise
 
     def create(self, session_id: str, entries: Sequence[StoredEntry]) -> None:
         """Add a session (:meth:`LogStore.create`)."""
@@ -239,8 +274,7 @@ class SQLiteLogStore:
         require_chain(entries, 0, None)
         origin_id, origin_hash = (None, None) if origin is None else (origin.session_id, origin.at_hash)
         last = entries[-1]
-        with self.transaction():
-            db = self._db()
+        with self._writing() as db:
             if db.execute("SELECT 1 FROM sessions WHERE id = ?", (session_id,)).fetchone() is not None:
                 raise exists(session_id)
             n = db.execute(
@@ -258,8 +292,7 @@ class SQLiteLogStore:
         if not entries:
             self.head(session_id)
             return
-        with self.transaction():
-            db = self._db()
+        with self._writing() as db:
             row = db.execute("SELECT n, n_entries, head FROM sessions WHERE id = ?", (session_id,)).fetchone()
             if row is None:
                 raise not_found(session_id)
@@ -356,8 +389,8 @@ class SQLiteLogStore:
     def close(self) -> None:
         """Close the file. Idempotent."""
         with self._lock:
-            connection, self._connection = self._connection, None
-            if connection is not None and self._pid == os.getpid():
+            connection, self._connection, self._forked = self._connection, None, False
+            if connection is not None:
                 with translated(self.path):
                     connection.close()
 
@@ -370,18 +403,26 @@ class SQLiteLogStore:
     def __del__(self) -> None:
         connection = getattr(self, "_connection", None)
         if connection is not None:
-            if self._pid != os.getpid():
-                _abandoned.append(connection)
-            else:
-                with contextlib.suppress(sqlite3.Error):
-                    connection.close()
+            with contextlib.suppress(sqlite3.Error):
+                connection.close()
 
     def __repr__(self) -> str:
-        return f"<llamastate.log.SQLiteLogStore {self.path!r}{' closed' if self._connection is None else ''}>"
+        closed = self._connection is None and not self._forked
+        return f"<llamastate.log.SQLiteLogStore {self.path!r}{' closed' if closed else ''}>"
 
 
+_open_stores: weakref.WeakSet[SQLiteLogStore] = weakref.WeakSet()
 #: Connections of the process that this one was forked from: kept, since letting go would close them.
 _abandoned: list[sqlite3.Connection] = []
+
+
+def _after_fork() -> None:
+    for store in list(_open_stores):
+        store._after_fork()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def _try_wal(connection: sqlite3.Connection, *, patient: bool) -> bool:

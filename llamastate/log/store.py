@@ -151,8 +151,9 @@ class LogStore(Protocol):
     def transaction(self) -> contextlib.AbstractContextManager[None]:
         """What this thread creates and appends inside the block is there at its end: all of it, or nothing.
 
-        It counts as recorded when the block has been left. Blocks in blocks are one. Until then other threads wait, and
-        so does whoever else writes to the store.
+        It counts as recorded when the outermost block has been left. A block within another can fail alone: what was
+        done in it is taken back, and the other goes on. Until the end other threads wait, and so does whoever else
+        writes to the store.
         """
         ...
 
