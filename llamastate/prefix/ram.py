@@ -31,6 +31,7 @@ class RamTier:
         self.nbytes = 0
         self.anchor_bytes = 0
         self.evicted = 0
+        self.evicted_bytes = 0
         self._lock = threading.Lock()
         self._entries: OrderedDict[bytes, Entry] = OrderedDict()
         self._held: Counter[bytes] = Counter()
@@ -159,6 +160,7 @@ class RamTier:
             if not self._held.get(key):
                 victims.append(key)
                 excess -= entry.nbytes
+                self.evicted_bytes += entry.nbytes
         for key in victims:
             self._remove(key)
         self.evicted += len(victims)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -23,7 +24,7 @@ from llamastate.errors import (
 from llamastate.flags import SeqFlags
 from llamastate.params import I32
 from llamastate.prefix.chain import anchor_key, block_keys, portable, root_key
-from llamastate.prefix.entry import Kind, build
+from llamastate.prefix.entry import Entry, Kind, build
 from llamastate.prefix.levels import Levels
 from llamastate.prefix.match import Chain, Match, find
 from llamastate.prefix.ram import RamTier
@@ -140,6 +141,7 @@ class PrefixStore:
         context is unified and has an empty sequence to spare; else a copy of the whole sequence.
         """
         given: TokensLike
+        began = time.perf_counter()
         with contextlib.ExitStack() as stack:
             if isinstance(source, SessionCore):
                 stack.enter_context(source._lock)
@@ -151,7 +153,9 @@ class PrefixStore:
             self._check_open()
             stack.enter_context(ctx._handle)
             chain = self._chain(ctx, given)
-            return self._store(ctx, as_index(seq, "seq_id", InvalidSequenceError), chain, anchors)
+            stored = self._store(ctx, as_index(seq, "seq_id", InvalidSequenceError), chain, anchors)
+        self._counters.add(puts=1, put_seconds=time.perf_counter() - began)
+        return stored
 
     def _store(self, ctx: Context, seq: int, chain: Chain, anchors: list[AnchorState]) -> int:
         n = len(chain.ids)
@@ -196,7 +200,7 @@ class PrefixStore:
                 rows=place.rows_bytes(size),
             )
             reader.read(i * size, (i + 1) * size, entry.rows)
-            self._levels.keep(entry)
+            self._keep(entry)
             yield size
 
     def _put_anchor(self, ctx: Context, seq: int, chain: Chain, anchor: AnchorState, reader: RowReader) -> int:
@@ -223,8 +227,12 @@ class PrefixStore:
         )
         if tail and place.has_rows:
             reader.read(start, anchor.n_tokens, entry.rows)
-        self._levels.keep(entry)
+        self._keep(entry)
         return tail
+
+    def _keep(self, entry: Entry) -> None:
+        self._levels.keep(entry)
+        self._counters.add(stored_bytes=entry.nbytes)
 
     # --- looking up ---------------------------------------------------------------------------------------------------
 
@@ -323,6 +331,7 @@ class PrefixStore:
         """
         self._check_open()
         with ctx._handle:
+            began = time.perf_counter()
             ids = as_tokens(tokens, ctx.model.n_vocab)
             asked = len(ids)
             if max_tokens is not None:
@@ -334,10 +343,11 @@ class PrefixStore:
                 match = find(self._levels, chain, self.block_tokens, bad)
                 if not match.n_tokens:
                     ctx.seq_rm(seq_id)
+                    self._counters.add(load_seconds=time.perf_counter() - began)
                     return 0, None
                 done = self._place(ctx, seq_id, chain, match, bad)
                 if done is not None:
-                    self._counters.add(hits=1, hit_tokens=done[0])
+                    self._counters.add(hits=1, hit_tokens=done[0], load_seconds=time.perf_counter() - began)
                     return done
 
     def _place(
@@ -448,7 +458,10 @@ class PrefixStore:
     def stats(self) -> PrefixStats:
         """What the store holds and what it has done in this process."""
         self._check_open()
-        return self._counters.stats(self._ram, None if self._disk is None else self._disk.stats())
+        disk = None if self._disk is None else self._disk.stats()
+        remote = self._levels.remote
+        # any tier may be beyond the disk; ours counts
+        return self._counters.stats(self._ram, disk, remote.stats() if hasattr(remote, "stats") else None)
 
     def verify(self, *, drop: bool = True) -> list[Damaged]:
         """Read every file and check every byte; the damaged ones, which are dropped unless told otherwise."""
