@@ -28,9 +28,10 @@ from llamastate.params import ROPE_FLOATS
 if TYPE_CHECKING:
     from llamastate._native.handles import ContextHandle
 
-__all__ = ["OwnAdapter", "borrow", "let_go", "note_adapters", "own_adapters"]
+__all__ = ["OwnAdapter", "borrow", "let_go", "note_adapters", "own_adapters", "traces"]
 
 _NOTE = "_llamastate_adapters"
+_LENT = "_llamastate_lent"
 
 #: One handle, and so one lock, for each borrowed context; the key is the id of the owner's inner object.
 _borrowed: weakref.WeakValueDictionary[int, ContextHandle] = weakref.WeakValueDictionary()
@@ -96,6 +97,7 @@ def borrow(llm: Any, *, raise_if_busy: bool) -> tuple[ContextHandle, dict[str, A
             embeddings=bool(llm.context_params.embeddings),
         )
         _borrowed[id(inner)] = handle
+        setattr(inner, _LENT, getattr(inner, _LENT, 0) + 1)
         _guard(llm)
     params = _params_of(llm.context_params)
     overrides = getattr(llm, "kv_overrides", None)
@@ -103,6 +105,17 @@ def borrow(llm: Any, *, raise_if_busy: bool) -> tuple[ContextHandle, dict[str, A
         # metadata of the model that its file does not tell; states of the model without them do not fit
         params["overrides"] = json.dumps(overrides, sort_keys=True, default=str)
     return handle, params
+
+
+def traces(llm: Any) -> tuple[int, int]:
+    """What differs from an earlier answer if attachments may have changed the context meanwhile.
+
+    How often it was lent, and the epoch of the handle that is alive, or -1. Who makes changes of his own compares what
+    was before them, and remembers what is after them. ``llm`` may be the inner object as well.
+    """
+    inner = getattr(llm, "_ctx", llm)
+    handle = _borrowed.get(id(inner))
+    return getattr(inner, _LENT, 0), -1 if handle is None else handle.epoch
 
 
 class OwnAdapter(NamedTuple):
