@@ -66,11 +66,9 @@ def error_line(key: str, line: Line, error: LlamaStateError) -> bytes:
         "type": type(error).__name__,
         "param": getattr(error, "param", None) or getattr(error, "parameter", None),
     }
-    if line.custom_id is None or getattr(error, "code", None) == "duplicate_custom_id":
+    if line.custom_id is None:
         facts["line"] = line.number
-    # a name may be in the output once only: whoever looks for it finds the request that had it first
-    custom_id = None if facts["code"] == "duplicate_custom_id" else line.custom_id
-    return _encoder.encode({"id": key, "custom_id": custom_id, "response": None, "error": facts}) + b"\n"
+    return _encoder.encode({"id": key, "custom_id": line.custom_id, "response": None, "error": facts}) + b"\n"
 
 
 def _code(error: LlamaStateError) -> str:

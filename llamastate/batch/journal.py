@@ -1,0 +1,249 @@
+"""What a run has done already: by name, by content and by run, found in the output itself.
+
+Every line of an output has an ``id`` that is made of what was asked (16 hexadecimal digits of the body's digest) and of
+the run (16 of the digest of everything that decides results: the model's content, seeds, limits). So the output is its
+own journal, and no second file can contradict it. The file beside it, ``<output>.journal``, keeps what digests cannot
+tell: the run's facts in words, when it was started and stopped, and that there were results at all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import sqlite3
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import msgspec
+
+from llamastate.batch.openai import Line
+from llamastate.errors import BatchChangedError, StoreFullError
+from llamastate.words import brief
+
+__all__ = ["Index", "Journal", "Key", "Record", "name_of", "read_record", "run_digest"]
+
+_PREFIX = "batch_req_"
+#: Hexadecimal digits of each half of a key.
+_HALF = 16
+#: Kept in memory of the index, in KiB; the rest is in a file without a name.
+_CACHE = 8192
+
+
+class Key(NamedTuple):
+    """What a result was computed from: the two halves of its line's ``id``."""
+
+    body: str
+    run: str
+
+    @property
+    def id(self) -> str:
+        """As it stands in the output."""
+        return f"{_PREFIX}{self.body}{self.run}"
+
+
+class Record(NamedTuple):
+    """A line of an output, as far as resuming goes."""
+
+    name: bytes
+    custom_id: str | None
+    key: Key
+    failed: bool
+
+
+class _Written(msgspec.Struct):
+    id: str
+    custom_id: str | None
+    error: msgspec.Raw
+    response: msgspec.Raw
+
+
+_written = msgspec.json.Decoder(_Written)
+
+
+def run_digest(facts: Mapping[str, Any]) -> str:
+    """The run's half of every key.
+
+    Parameters
+    ----------
+    facts : mapping
+        Everything that decides results, as JSON types.
+    """
+    text = json.dumps(facts, sort_keys=True, separators=(",", ":")).encode()
+    return hashlib.blake2b(text, digest_size=_HALF // 2, person=b"run").hexdigest()
+
+
+def key_of(line: Line, run: str) -> Key:
+    """The key of a line in a run."""
+    return Key(line.digest[: _HALF // 2].hex(), run)
+
+
+def name_of(custom_id: str | None, body: str) -> bytes:
+    """What a line is found by, 16 bytes: its custom_id, or what it says where there is none."""
+    text = f"id {custom_id}" if custom_id is not None else f"line {body}"
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+
+
+def read_record(line: bytes) -> Record | None:
+    """What a line of an output is a result of; None if it is no line of ours, or not all of one."""
+    try:
+        found = _written.decode(line)
+    except (msgspec.DecodeError, UnicodeError, RecursionError):
+        return None
+    key = found.id.removeprefix(_PREFIX)
+    if len(found.id) != len(_PREFIX) + 2 * _HALF or len(key) != 2 * _HALF or set(key) - set("0123456789abcdef"):
+        return None
+    body, run = key[:_HALF], key[_HALF:]
+    return Record(name_of(found.custom_id, body), found.custom_id, Key(body, run), bytes(found.error) != b"null")
+
+
+class Index:
+    """What is in an output, and what has been read of the input: flat in memory, however many there are."""
+
+    def __init__(self) -> None:
+        # Without a name SQLite makes a database of its own, in a file that nobody else sees, once the cache is full.
+        self._db = sqlite3.connect("", isolation_level=None, check_same_thread=False)
+        for pragma in ("journal_mode = OFF", "synchronous = OFF", f"cache_size = -{_CACHE}"):
+            self._db.execute(f"PRAGMA {pragma}")
+        self._db.execute("CREATE TABLE done (name BLOB PRIMARY KEY, key TEXT NOT NULL) WITHOUT ROWID")
+        self._db.execute("CREATE TABLE seen (name BLOB PRIMARY KEY, n INTEGER NOT NULL) WITHOUT ROWID")
+        self._db.execute("BEGIN")
+
+    def add(self, name: bytes, key: Key) -> bool:
+        """Note a result; whether it is the first of that name."""
+        with _room():
+            cursor = self._db.execute("INSERT OR IGNORE INTO done VALUES (?, ?)", (name, key.body + key.run))
+        return cursor.rowcount == 1
+
+    def get(self, name: bytes) -> Key | None:
+        """The key of the result of that name."""
+        row = self._db.execute("SELECT key FROM done WHERE name = ?", (name,)).fetchone()
+        return None if row is None else Key(row[0][:_HALF], row[0][_HALF:])
+
+    def remove(self, name: bytes) -> None:
+        """Forget a result."""
+        self._db.execute("DELETE FROM done WHERE name = ?", (name,))
+
+    def see(self, name: bytes) -> int:
+        """Count a line of the input; how many of that name came before."""
+        with _room():
+            self._db.execute(
+                "INSERT INTO seen VALUES (?, 1) ON CONFLICT (name) DO UPDATE SET n = n + 1", (name,)
+            )  # fmt: skip
+        return int(self._db.execute("SELECT n FROM seen WHERE name = ?", (name,)).fetchone()[0]) - 1
+
+    def close(self) -> None:
+        """Let it go. Idempotent."""
+        self._db.close()
+
+
+@contextlib.contextmanager
+def _room() -> Iterator[None]:
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        raise StoreFullError(f"there is no room for temporary files: {error}", path=None) from error
+
+
+class Journal:
+    """The file beside an output.
+
+    Parameters
+    ----------
+    path : str
+        Of it.
+    facts : mapping
+        Of the run now.
+    """
+
+    def __init__(self, path: str, facts: Mapping[str, Any]) -> None:
+        self.path, self.facts = path, dict(facts)
+        self.run = run_digest(facts)
+        self._lines = _read(path)
+
+    @property
+    def known(self) -> bool:
+        """Whether there is one already."""
+        return bool(self._lines)
+
+    @property
+    def had_results(self) -> bool:
+        """Whether results were written."""
+        return any(line.get("event") == "results" for line in self._lines)
+
+    @property
+    def input(self) -> Any:
+        """What the input was when it was last read for changes."""
+        return next((line["input"] for line in reversed(self._lines) if line.get("input")), None)
+
+    def require_run(self, found: str, path: str) -> None:
+        """Refuse results of another run.
+
+        Raises
+        ------
+        BatchChangedError
+            ``found`` is the run of a result in the output, and not this one.
+        """
+        if found == self.run:
+            return
+        then = next((line["run"] for line in self._lines if line.get("digest") == found), None)
+        fields = sorted(set(then or ()) | set(self.facts))
+        name = "run" if then is None else next(f for f in fields if then.get(f) != self.facts.get(f))
+        was, now = ("", "") if then is None else (then.get(name), self.facts.get(name))
+        words = (
+            "they were computed with other options" if then is None else f"{name} was {brief(was)}, now {brief(now)}"
+        )
+        raise BatchChangedError(
+            f"{path!r} holds results of another run: {words}; redo them (on_change), or write to another file",
+            path=path, field=name, expected=was, found=now,
+        )  # fmt: skip
+
+    def begin(self, **more: Any) -> None:
+        """Note that a run begins."""
+        if not any(line.get("digest") == self.run for line in self._lines):
+            self.note(digest=self.run, run=self.facts)
+        self.note(event="start", **more)
+
+    def note(self, **facts: Any) -> None:
+        """Add a line.
+
+        Raises
+        ------
+        OSError
+        """
+        line = {"time": int(time.time()), **facts}
+        fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+        try:
+            data = json.dumps(line).encode() + b"\n"
+            size = os.fstat(fd).st_size
+            if size and os.pread(fd, 1, size - 1) != b"\n":
+                data = b"\n" + data  # what somebody was killed in the middle of is a line of its own, and no JSON
+            os.write(fd, data)
+        finally:
+            os.close(fd)
+        self._lines.append(line)
+
+    def forget(self) -> None:
+        """Begin anew."""
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.path)
+        self._lines = []
+
+
+def _read(path: str) -> list[dict[str, Any]]:
+    try:
+        with open(path, "rb") as file:
+            found = [_line(raw) for raw in file]
+    except FileNotFoundError:
+        return []
+    return [line for line in found if line]
+
+
+def _line(raw: bytes) -> dict[str, Any]:
+    try:
+        line = json.loads(raw)
+    except ValueError:
+        return {}
+    return line if isinstance(line, dict) else {}
