@@ -1,5 +1,16 @@
 """Many prompts through one model: batched, with what they share computed once."""
 
 from llamastate.batch.request import Embedding, Malformed, Output, Request, Result, Times, TokenLogprob
+from llamastate.batch.runner import BatchRunner, BatchStats
 
-__all__ = ["Embedding", "Malformed", "Output", "Request", "Result", "Times", "TokenLogprob"]
+__all__ = [
+    "BatchRunner",
+    "BatchStats",
+    "Embedding",
+    "Malformed",
+    "Output",
+    "Request",
+    "Result",
+    "Times",
+    "TokenLogprob",
+]

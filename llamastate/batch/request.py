@@ -23,7 +23,7 @@ Embedding: TypeAlias = npt.NDArray[np.float32]
 FinishReason: TypeAlias = Literal["stop", "length", "full"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)  # arrays inside: equal is who is the same
 class Request:
     """One prompt, and what is to become of it.
 
@@ -77,7 +77,7 @@ class Request:
     meta: Any = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Malformed:
     """What could not even be read as a request: it takes its place in the queue, and comes back as a failed result."""
 
@@ -89,8 +89,8 @@ class Malformed:
 class TokenLogprob(NamedTuple):
     """How likely the model found a token.
 
-    ``top`` holds the most likely ones, the best first, each as (token, piece, logprob). ``piece`` are the token's bytes,
-    which need not be whole characters; of a control token they are its name.
+    ``top`` holds the most likely ones, the best first, each as (token, piece, logprob). ``piece`` are the token's
+    bytes, which need not be whole characters; of a control token they are its name.
     """
 
     token: int
@@ -99,7 +99,7 @@ class TokenLogprob(NamedTuple):
     top: tuple[tuple[int, bytes, float], ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Output:
     """One continuation of a prompt.
 
@@ -133,7 +133,7 @@ class Times(NamedTuple):
     total: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Result:
     """What became of a request.
 
@@ -167,7 +167,7 @@ class Result:
     prompt_logprobs: list[TokenLogprob | None] | None = None
     error: LlamaStateError | None = None
     meta: Any = None
-    times: Times = Times()
+    times: Times = field(default_factory=Times)
     preemptions: int = 0
 
     @property

@@ -1,0 +1,427 @@
+"""The batch runner: requests in, results out, as many at once as the context holds."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from llamastate.arrays import as_index
+from llamastate.batch.engine import Counts, Engine
+from llamastate.batch.jobs import Rules
+from llamastate.batch.parking import Parking
+from llamastate.batch.request import Malformed, Request, Result, Times
+from llamastate.context import Context
+from llamastate.errors import ClosedError, ContextBusyError, InvalidArgumentError, LlamaStateError
+from llamastate.lifetimes import Closing
+from llamastate.probe import available_memory
+
+if TYPE_CHECKING:
+    from llamastate.model import Model
+    from llamastate.prefix import PrefixStore
+
+__all__ = ["BatchRunner", "BatchStats"]
+
+#: Cells for each request that runs, if nobody says how many.
+CELLS_EACH = 512
+
+
+@dataclass(frozen=True, slots=True)
+class BatchStats:
+    """What a runner has done since it was made, and what it is doing.
+
+    Attributes
+    ----------
+    done, failed : int
+        Requests that ended well, and with an error.
+    running, waiting, parked : int
+        Outputs that are being generated, wait for a sequence, were put aside to make room.
+    prompt_tokens, cached_tokens : int
+        Of the requests done: tokens of their prompts, and how many of them were not computed for them.
+    stored_tokens : int
+        Tokens that came from the store.
+    generated_tokens : int
+    decodes, decoded_tokens : int
+        Calls of ``llama_decode`` that succeeded, and the tokens in them.
+    forks, preemptions : int
+    cells_used, cells_total : int
+        Of the cache, as the scheduler counts.
+    decode_seconds, sample_seconds, schedule_seconds, store_seconds, prepare_seconds : float
+        Computing; choosing tokens and writing text; planning, forking and filling batches; reading and writing the
+        store; tokenising and checking requests.
+    """
+
+    done: int
+    failed: int
+    running: int
+    waiting: int
+    parked: int
+    prompt_tokens: int
+    cached_tokens: int
+    stored_tokens: int
+    generated_tokens: int
+    decodes: int
+    decoded_tokens: int
+    forks: int
+    preemptions: int
+    cells_used: int
+    cells_total: int
+    decode_seconds: float
+    sample_seconds: float
+    schedule_seconds: float
+    store_seconds: float
+    prepare_seconds: float
+
+    @property
+    def kv_usage(self) -> float:
+        """The part of the cache's cells that is in use."""
+        return self.cells_used / max(1, self.cells_total)
+
+    @property
+    def hit_rate(self) -> float:
+        """The part of the prompts' tokens that was not computed for the request that brought them."""
+        return self.cached_tokens / max(1, self.prompt_tokens)
+
+
+class BatchRunner(Closing):
+    """Many requests through one model: decoded together, what they share computed once.
+
+    Parameters
+    ----------
+    model : Model
+    n_parallel : int
+        Outputs generated at once, in [1, 200].
+    n_ctx : int
+        Cells of the cache, for everything that is held at once; by default 512 for each output, or what one
+        prompt of the model's length takes if that is more, but never more than a quarter of the memory there is.
+    store : PrefixStore, optional
+        Where prompts' prefixes are looked up, and put. It stays open when the runner is closed.
+    n_batch : int
+        Tokens of one decode. 512 is what a decode computes at once, and all that is to be gained.
+    n_ubatch : int, optional
+        Tokens computed at once; as many as ``n_batch``.
+    n_threads : int, optional
+        All cores by default.
+    type_k, type_v, flash_attn
+        As for :class:`~llamastate.Context`.
+    n_spare : int
+        Sequences that keep prefixes which nobody runs at the moment.
+    window : int, optional
+        Requests that are read ahead: among them those that begin alike are found. Four times ``n_parallel`` by
+        default. Nothing else is read before there is room.
+    patience : int, optional
+        A request is overtaken by so many later ones at most; as many as ``window`` by default.
+    reserve : int
+        Cells that a request needs free beyond its prompt to be admitted, if it may generate as many. What is generated
+        beyond that may park others.
+    preempt_bytes : int
+        What states of parked requests may take in memory; more go to temporary files.
+    spill_folder : path-like, optional
+        Where those files are; the system's temporary folder by default.
+    fixed_shapes : bool
+        The same outputs, bit for bit, whatever else runs. See the notes.
+
+    Raises
+    ------
+    ContextCreateError, InvalidArgumentError
+
+    Notes
+    -----
+    *Order and fairness.* Requests that begin like something in the context go first, then by age; those of higher
+    priority before all others. A request is overtaken by ``patience`` later ones at most.
+
+    *Memory.* A request is admitted when its prompt and ``reserve`` tokens more have room. If the cache runs full all
+    the same, the request admitted last is parked: its state goes to memory, or to a file, and comes back as it was.
+
+    *Reproducible.* The plan depends on the requests and their order, not on time: the same requests give the same
+    batches, and so the same outputs, from run to run. In other company the batches have other shapes, and the last bits
+    of logits change with them. With ``fixed_shapes`` they do not: each sequence has its own part of the cache
+    (``n_ctx / (n_parallel + n_spare + 1)`` cells), a chunk of a prompt ends at a multiple of 128 tokens and is decoded
+    alone, and a step of generation is a batch of ``n_parallel`` rows, whoever is there; shared prefixes are copied, in
+    whole chunks. That costs throughput, and the more so the fewer requests run.
+
+    Examples
+    --------
+    >>> with BatchRunner(model) as runner:  # doctest: +SKIP
+    ...     for result in runner.run(Request(str(i), text) for i, text in enumerate(texts)):
+    ...         print(result.id, result.outputs[0].text)
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        n_parallel: int = 32,
+        n_ctx: int = 0,
+        store: PrefixStore | None = None,
+        n_batch: int = 512,
+        n_ubatch: int | None = None,
+        n_threads: int | None = None,
+        type_k: str = "f16",
+        type_v: str = "f16",
+        flash_attn: str = "auto",
+        n_spare: int = 8,
+        window: int | None = None,
+        patience: int | None = None,
+        reserve: int = 256,
+        preempt_bytes: int = 1 << 30,
+        spill_folder: str | os.PathLike[str] | None = None,
+        fixed_shapes: bool = False,
+    ) -> None:
+        n_parallel = _within("n_parallel", n_parallel, 1, 200)
+        n_spare = _within("n_spare", n_spare, 0, 255 - n_parallel)
+        n_batch = max(_within("n_batch", n_batch, 1, 1 << 20), n_parallel + n_spare + 1)
+        self._window = _within("window", 4 * n_parallel if window is None else window, 1, 1 << 30)
+        patience = self._window if patience is None else _within("patience", patience, 0, 1 << 30)
+        n_ctx = _within("n_ctx", n_ctx, 0, (1 << 31) - 257)
+        self.model = model
+        n_seq = n_parallel + n_spare + 1
+        params: dict[str, Any] = {"type_k": type_k, "type_v": type_v, "flash_attn": flash_attn, "n_threads": n_threads}
+        self.ctx = Context(
+            model,
+            n_ctx=n_ctx or _default_cells(model, 2 * n_seq if fixed_shapes else n_parallel),
+            n_seq_max=n_seq,
+            n_batch=n_batch,
+            n_ubatch=n_ubatch or n_batch,
+            kv_unified=not fixed_shapes,
+            **params,
+        )
+        kind = model.memory_kind
+        bounded = kind != "recurrent"
+        most = min(self.ctx.n_ctx_seq if bounded else 1 << 30, model.n_ctx_train or 1 << 30)
+        rules = Rules(
+            n_slots=n_parallel,
+            n_spare=n_spare,
+            n_cells=self.ctx.n_ctx if bounded and not fixed_shapes else None,
+            max_tokens=most,
+            budget=n_batch,
+            fork_anywhere=kind == "attention",
+            min_share=8 if kind == "attention" else 32,
+            reserve=_within("reserve", reserve, 1, 1 << 30),
+            patience=patience,
+            grid=min(128, n_batch) if fixed_shapes else None,
+        )
+        self._parking = Parking(_within("preempt_bytes", preempt_bytes, 0, 1 << 62), spill_folder)
+        self._engine = Engine(self.ctx, rules, self._parking, store)
+        self._turn = threading.Lock()
+        self._stopping = threading.Event()
+        self._unfinished: tuple[Request, ...] = ()
+        self._closed = False
+
+    # --- running ------------------------------------------------------------------------------------------------------
+
+    def run(self, requests: Iterable[Request | Malformed]) -> Iterator[Result]:
+        """Process requests.
+
+        Parameters
+        ----------
+        requests : iterable of Request or Malformed
+            Read as there is room for them, so it may be without end.
+
+        Yields
+        ------
+        Result
+            As they are done, in any order; each request has exactly one. What is wrong with a request is told by its
+            :attr:`Result.error`, and no other request suffers.
+
+        Raises
+        ------
+        ContextBusyError
+            The runner is running already.
+        ClosedError
+        Exception
+            Whatever reading ``requests`` raised, after everything that had been read is done.
+
+        Notes
+        -----
+        An iterator that is given up (closed) gives up what is under way: :attr:`unfinished` tells what that was. What
+        the context has learnt of prefixes stays, for the next call.
+        """
+        if self._closed:
+            raise ClosedError("the runner is closed", what="runner")
+        if not self._turn.acquire(blocking=False):
+            raise ContextBusyError("run: the runner is running already", operation="run")
+        ready: deque[tuple[Request | Malformed, Result]] = deque()
+        try:
+            self._stopping.clear()
+            self._unfinished = ()
+            yield from self._run(iter(requests), ready)
+        finally:
+            left = [ticket.request for ticket in self._engine.abandon()]
+            lost = [item for item, _ in ready if isinstance(item, Request)]
+            self._unfinished = (*lost, *left)
+            self._turn.release()
+
+    def _run(
+        self, source: Iterator[Request | Malformed], ready: deque[tuple[Request | Malformed, Result]]
+    ) -> Iterator[Result]:
+        engine = self._engine
+        reading, failure = True, None
+        while True:
+            while reading and not self._stopping.is_set() and len(engine.scheduler.waiting) < self._window:
+                started = time.perf_counter()
+                try:
+                    item = next(source, None)
+                except Exception as error:
+                    # what was read before is not to be lost with it
+                    reading, failure = False, error
+                    break
+                if item is None:
+                    reading = False
+                    break
+                self._submit(item, ready, started)
+                engine.counts.prepare_seconds += time.perf_counter() - started
+                if ready:
+                    break
+            if not ready and not engine.idle and not self._stopping.is_set():
+                ready.extend((ticket.request, result) for ticket, result in engine.step())
+            while ready:
+                result = ready[0][1]
+                yield result
+                ready.popleft()
+            if self._stopping.is_set() or (not reading and engine.idle):
+                break
+        if failure is not None:
+            raise failure
+
+    def _submit(self, item: Any, ready: deque[tuple[Request | Malformed, Result]], since: float) -> None:
+        if isinstance(item, Malformed):
+            self._engine.counts.failed += 1
+            ready.append((item, Result(item.id, error=item.error, meta=item.meta)))
+            return
+        try:
+            if not isinstance(item, Request):
+                raise InvalidArgumentError(f"a request is {type(item).__name__}", name="requests", value=item)
+            self._engine.submit(item, since)
+        except (LlamaStateError, TypeError, ValueError, AttributeError) as error:
+            self._engine.counts.failed += 1
+            typed = (
+                error
+                if isinstance(error, LlamaStateError)
+                else InvalidArgumentError(f"no request: {error}", name="requests", value=item)
+            )
+            typed.__traceback__ = None
+            times = Times(total=time.perf_counter() - since)
+            id_, meta = getattr(item, "id", ""), getattr(item, "meta", None)
+            ready.append((item, Result(id_, error=typed, meta=meta, times=times)))
+
+    async def arun(
+        self, requests: Iterable[Request | Malformed] | AsyncIterable[Request | Malformed]
+    ) -> AsyncIterator[Result]:
+        """:meth:`run` for asyncio: computes in a thread, the loop goes on.
+
+        ``requests`` may be asynchronous as well. Cancelling ends it after the decode under way.
+        """
+        loop = asyncio.get_running_loop()
+        source = _pulled(requests, loop) if isinstance(requests, AsyncIterable) else requests
+        results = self.run(source)
+        end = object()
+        try:
+            while True:
+                step = asyncio.ensure_future(asyncio.to_thread(next, results, end))
+                try:
+                    result = await asyncio.shield(step)
+                except asyncio.CancelledError:
+                    self.stop()
+                    await asyncio.wait([step])
+                    raise
+                if result is end:
+                    return
+                yield result  # type: ignore[misc]  # what is not the end is a result
+        finally:
+            results.close()  # type: ignore[attr-defined]  # it is a generator
+
+    def stop(self) -> None:
+        """Let :meth:`run` end after the decode under way; results that are ready come still.
+
+        From any thread, or a signal handler.
+        """
+        self._stopping.set()
+
+    @property
+    def unfinished(self) -> tuple[Request, ...]:
+        """What the last :meth:`run` had read and not handed back when it was stopped or given up."""
+        return self._unfinished
+
+    # --- facts --------------------------------------------------------------------------------------------------------
+
+    @property
+    def stats(self) -> BatchStats:
+        """What it has done and is doing. May be asked from any thread, also in the middle of a run."""
+        engine = self._engine
+        counts: Counts = engine.counts
+        scheduler = engine.scheduler
+        return BatchStats(
+            counts.done,
+            counts.failed,
+            len(scheduler.running),
+            len(scheduler.waiting),
+            len(scheduler.parked),
+            counts.prompt_tokens,
+            counts.cached_tokens,
+            counts.stored_tokens,
+            counts.generated_tokens,
+            counts.decodes,
+            counts.decoded_tokens,
+            scheduler.n_forks,
+            scheduler.n_preemptions,
+            scheduler.cells.used,
+            engine.rules.n_cells or engine.rules.max_tokens * engine.rules.n_slots,
+            counts.decode_seconds,
+            counts.sample_seconds,
+            counts.schedule_seconds,
+            counts.store_seconds,
+            counts.prepare_seconds,
+        )
+
+    @property
+    def closed(self) -> bool:
+        """Whether :meth:`close` has been called."""
+        return self._closed
+
+    def close(self) -> None:
+        """Free the context. The model and the store stay open. Idempotent."""
+        self._closed = True
+        self._stopping.set()
+        with self._turn:
+            self.ctx.close()
+            self._parking.close()
+
+    def __repr__(self) -> str:
+        return f"<llamastate.batch.BatchRunner {'closed' if self._closed else f'of {self._engine.rules.n_slots}'}>"
+
+
+def _pulled(
+    requests: AsyncIterable[Request | Malformed], loop: asyncio.AbstractEventLoop
+) -> Iterator[Request | Malformed]:
+    """Read an asynchronous iterable from another thread than its loop's."""
+    source = aiter(requests)
+    end = object()
+
+    async def pull() -> Any:
+        return await anext(source, end)
+
+    while (item := asyncio.run_coroutine_threadsafe(pull(), loop).result()) is not end:
+        yield item
+
+
+def _within(name: str, value: object, low: int, high: int) -> int:
+    number = as_index(value, name, InvalidArgumentError)
+    if not low <= number <= high:
+        raise InvalidArgumentError(f"{name} = {number} is not in [{low}, {high}]", name=name, value=value, limit=high)
+    return number
+
+
+def _default_cells(model: Model, n_parallel: int) -> int:
+    cells = max(n_parallel * CELLS_EACH, min(model.n_ctx_train, 8192))
+    available = available_memory()
+    # as in check_memory: more than any usual cache takes of f16
+    each = 4 * model.n_layer * model.n_embd
+    while available is not None and cells > 2 * CELLS_EACH and cells * each > available // 4:
+        cells //= 2
+    return cells

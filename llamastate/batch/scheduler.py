@@ -1,0 +1,511 @@
+"""What goes into the next batch: policy only, nothing of llama.cpp in it.
+
+The scheduler keeps the books of a context that it never sees: which sequences hold what, how many cells that takes, who
+waits. Asked for a plan it says what to do, step by step, and then whose tokens to decode. It looks at no clock, so the
+same requests in the same order give the same plans.
+"""
+
+from __future__ import annotations
+
+import heapq
+from bisect import bisect_right, insort
+from collections import Counter
+from collections.abc import Callable, Iterator
+
+from llamastate.arrays import Int32Array
+from llamastate.batch.cells import Cells
+from llamastate.batch.jobs import (
+    Action,
+    Begin,
+    Copy,
+    Drop,
+    Fork,
+    Job,
+    Kept,
+    Load,
+    Park,
+    Phase,
+    Row,
+    Rules,
+    Source,
+    Unpark,
+)
+from llamastate.batch.radix import Colour, RadixTree
+from llamastate.sessioncore import common_prefix
+
+__all__ = ["Scheduler"]
+
+
+class Scheduler:
+    """Who waits, who runs, and what is next.
+
+    Parameters
+    ----------
+    rules : Rules
+    lookup : callable, optional
+        How many tokens of a job's prompt the store has.
+
+    Notes
+    -----
+    *Fairness.* Requests that begin like one that runs go before older ones, and so do those of higher priority. Whoever
+    has been overtaken by ``patience`` later ones is the next, and if there is no room for it yet, all wait until there
+    is. So a request is admitted at the latest after those that came before it and ``patience`` others.
+    """
+
+    def __init__(self, rules: Rules, lookup: Callable[[Job], int] | None = None) -> None:
+        self.rules = rules
+        self.cells = Cells(rules.n_cells)
+        self.tree = RadixTree()
+        self.waiting: dict[int, Job] = {}
+        #: Those that have a sequence, by key, in the order of their admission.
+        self.running: dict[int, Job] = {}
+        #: The oldest first.
+        self.parked: list[Job] = []
+        self.kept: dict[int, Kept] = {}
+        #: What the last plan wants decoded.
+        self.rows: list[Row] = []
+        self.n_forks = 0
+        self.n_preemptions = 0
+        #: How much of a job's prompt the store has.
+        self.lookup = lookup
+        self._free_slots = list(range(rules.n_slots))
+        self._free_spare = list(range(rules.n_slots, rules.n_slots + rules.n_spare))
+        self._priorities: Counter[int] = Counter()
+        self._n_keys = 0
+        self._n_left = 0
+        self._n_admitted = 0
+        self._tick = 0
+
+    # --- coming and going ---------------------------------------------------------------------------------------------
+
+    def fits(self, n_prompt: int, limit: int) -> bool:
+        """Whether a prompt, and the first token after it, can ever be held."""
+        return n_prompt + (1 if limit > 1 else 0) <= self.rules.max_tokens
+
+    def add(self, job: Job) -> None:
+        """Let a job wait."""
+        job.key = self._new_key()
+        job.ahead = len(self.waiting)
+        job.left_before = self._n_left
+        self.waiting[job.key] = job
+        self._priorities[job.priority] += 1
+        if job.share:
+            self.tree.insert(job.key, job.tokens, Colour.WAITING)
+
+    def chosen(self, job: Job) -> None:
+        """A token was chosen for a job: its prompt is done, and one more token is to come or to be decoded."""
+        job.prompt_done = True
+        job.made += 1
+        if job.phase is Phase.PROMPT:
+            job.phase = Phase.GENERATE
+
+    def decoded(self) -> None:
+        """The rows of the last plan are in the context."""
+        for job, start, end in self.rows:
+            self.cells.grow(job, end - start)
+        self.rows = []
+
+    def loaded(self, job: Job, n: int) -> None:
+        """The store had ``n`` tokens of it."""
+        self.cells.grow(job, n)
+
+    def finish(self, job: Job) -> list[Action]:
+        """A job is done, or given up, in whatever phase; what is to be done with its sequence."""
+        phase, job.phase = job.phase, Phase.DONE
+        if phase is Phase.WAITING:
+            self._leave_queue(job)
+            self._leave_tree(job)
+            return []
+        if phase is Phase.PARKED:
+            self.parked.remove(job)
+            return []
+        if phase is Phase.DONE:
+            return []
+        actions: list[Action] = []
+        keep = self._worth_keeping(job) if self.rules.fork_anywhere and job.share else 0
+        if keep and (kept := self._keep(job, keep, actions)) is not None:
+            self._hand_over(job, kept)
+        self._vacate(job)
+        actions.append(Drop(job.seq))
+        return actions
+
+    def forget(self, job: Job) -> None:
+        """A job's sequence was emptied by somebody else: it begins anew."""
+        self.cells.release(job)
+        job.stops = []
+        self._orphan(job)
+        job.source = None
+        job.phase = Phase.PLACED
+
+    def _new_key(self) -> int:
+        self._n_keys += 1
+        return self._n_keys
+
+    def _leave_queue(self, job: Job) -> None:
+        del self.waiting[job.key]
+        self._n_left += 1
+        self._priorities[job.priority] -= 1
+        if not self._priorities[job.priority]:
+            del self._priorities[job.priority]
+
+    def _leave_tree(self, job: Job) -> None:
+        if job.share:
+            self.tree.remove(job.key)
+
+    def _vacate(self, job: Job) -> None:
+        """Take a job out of its slot."""
+        self._leave_tree(job)
+        self.cells.release(job)
+        del self.running[job.key]
+        heapq.heappush(self._free_slots, job.seq)
+        self._orphan(job)
+
+    def _orphan(self, gone: Source) -> None:
+        """Whoever waited for this source looks for another."""
+        for job in self.running.values():
+            if job.source is gone:
+                job.source = None
+
+    def _hand_over(self, old: Source, new: Source) -> None:
+        for job in self.running.values():
+            if job.source is old and job.fork_at <= new.held:
+                job.source = new
+
+    # --- the plan -----------------------------------------------------------------------------------------------------
+
+    def plan(self) -> Iterator[Action]:
+        """What to do before the next decode, in this order; :attr:`rows` is complete when it ends.
+
+        Every action counts as done as soon as the next one is asked for.
+        """
+        self._tick += 1
+        yield from self._fork()
+        yield from self._unpark()
+        yield from self._admit()
+        yield from self._fork()
+        if self.rules.grid is None:
+            yield from self._mixed_rows()
+        else:
+            self.rows = self._fixed_rows(self.rules.grid)
+
+    def kept_at(self, seq: int) -> Int32Array:
+        """The tokens that a spare sequence keeps."""
+        return next(kept.tokens for kept in self.kept.values() if kept.seq == seq)
+
+    @property
+    def idle(self) -> bool:
+        """Whether there is nothing to do."""
+        return not (self.waiting or self.running or self.parked)
+
+    # --- who is next --------------------------------------------------------------------------------------------------
+
+    def _admit(self) -> Iterator[Action]:
+        while self._free_slots and self.waiting and not self.parked:
+            job = self._choose()
+            source, n = self._source(job)
+            stored = self._stored(job, n)
+            if stored:
+                source, n = None, 0
+            need = job.n_prompt - n + min(job.limit, self.rules.reserve)
+            promised = sum(min(j.to_come, self.rules.reserve + j.prompt_to_come) for j in self.running.values())
+            missing = need + promised - self.cells.free
+            if missing > 0:
+                yield from self._evict(missing, source, anyone=not self.running)
+                missing = need + promised - self.cells.free
+            if missing > 0 and self.running:
+                return
+            if source is not None and isinstance(source, Kept) and source.key not in self.kept:
+                continue  # it had to go to make room
+            self._place(job, source, n)
+            if stored:
+                yield Load(job, stored)
+
+    def _choose(self) -> Job:
+        """The next one to admit."""
+        head = next(iter(self.waiting.values()))
+        overtaken = self._n_left - head.left_before - head.ahead
+        if overtaken >= self.rules.patience:
+            return head
+        if len(self._priorities) > 1:
+            top = max(self._priorities)
+            among = [job for job in self.waiting.values() if job.priority == top]
+            return max(among, key=lambda job: (self.tree.match(job.tokens, Colour.RESIDENT), -job.key))
+        n, keys = self.tree.best_common()
+        if n < self.rules.min_share:
+            return head
+        return self.waiting[min(keys)]  # type: ignore[type-var, index]  # all keys are ints
+
+    def _place(self, job: Job, source: Source | None, n: int) -> None:
+        self._leave_queue(job)
+        if job.share:
+            self.tree.recolour(job.key, Colour.RESIDENT)
+        job.seq = heapq.heappop(self._free_slots)
+        self._n_admitted += 1
+        job.admitted = self._n_admitted
+        job.phase = Phase.PLACED
+        self.running[job.key] = job
+        self._aim(job, source, n)
+
+    def _aim(self, job: Job, source: Source | None, n: int) -> None:
+        """Let a job begin with the first ``n`` tokens of another sequence, as soon as that has them."""
+        job.source, job.fork_at = source, n
+        if source is not None:
+            job.shared_at = max(job.shared_at, n)
+            if isinstance(source, Job):
+                source.shared_at = max(source.shared_at, n)
+                if not self.rules.fork_anywhere and n not in source.stops:
+                    insort(source.stops, n)
+            else:
+                source.used = self._tick
+        if job.share and not self.rules.fork_anywhere:
+            for stop in self.tree.branches(job.tokens, Colour.WAITING):
+                stop = self._on_grid(min(stop, job.n_prompt))
+                if stop >= self.rules.min_share and stop > n and stop not in job.stops:
+                    insort(job.stops, stop)
+
+    def _on_grid(self, n: int) -> int:
+        return n if self.rules.grid is None else n - n % self.rules.grid
+
+    def _source(self, job: Job) -> tuple[Source | None, int]:
+        """The sequence that has, or will have, the longest prefix of a job's prompt, and its length."""
+        best: Source | None = None
+        best_n = 0
+        twin = job.twin_of
+        if not job.share:
+            return None, 0
+        holders: list[Source] = [*self.kept.values(), *self.running.values()]
+        for holder in holders:
+            if holder is job or (isinstance(holder, Job) and not holder.share) or self._waits_for(holder, job):
+                continue
+            n = common_prefix(holder.tokens, job.tokens)
+            whole = twin is not None and n == job.n_prompt and (holder is twin or isinstance(holder, Kept))
+            if not whole:
+                n = self._on_grid(min(n, job.n_prompt - 1))
+            if n > best_n and n >= self.rules.min_share and self._can_give(holder, n):
+                best, best_n = holder, n
+        return best, best_n
+
+    def _waits_for(self, holder: Source, job: Job) -> bool:
+        """Whether a sequence will itself come of a job."""
+        while isinstance(holder, Job) and holder.source is not None:
+            holder = holder.source
+            if holder is job:
+                return True
+        return False
+
+    def _can_give(self, holder: Source, n: int) -> bool:
+        if isinstance(holder, Kept):
+            return n <= holder.held if self.rules.fork_anywhere else n == holder.held
+        if self.rules.fork_anywhere:
+            return True
+        begins = holder.fork_at if holder.phase is Phase.PLACED and holder.source is not None else holder.held
+        return begins <= n
+
+    def _stored(self, job: Job, n: int) -> int:
+        """How much to take from the store: nothing, unless it has clearly more than is at hand."""
+        if self.lookup is None or not job.share or job.n_prompt - 1 <= n:
+            return 0
+        stored = self._on_grid(min(self.lookup(job), job.n_prompt - 1))
+        return stored if stored >= max(n + n // 8, n + self.rules.min_share, 1) else 0
+
+    # --- forking ------------------------------------------------------------------------------------------------------
+
+    def _fork(self) -> Iterator[Action]:
+        for job in list(self.running.values()):
+            if job.phase is not Phase.PLACED:
+                continue
+            if not job.held and (job.source is None or not self._can_give(job.source, job.fork_at)):
+                self._aim(job, *self._source(job))
+            source, n = job.source, job.fork_at
+            if source is None:
+                job.phase = Phase.PROMPT
+                continue
+            whole = n == job.n_prompt
+            if source.held >= n and not (whole and not (job.twin_of is not None and job.twin_of.prompt_done)):
+                yield Fork(job, source.seq, n)
+                if job.key not in self.running:  # it could not be done
+                    continue
+                self.n_forks += 1
+                self.cells.fork(source, job, n)
+                job.source = None
+                job.phase = Phase.GENERATE if whole else Phase.PROMPT
+                if whole:
+                    yield Begin(job)
+        if not self.rules.fork_anywhere:
+            yield from self._leave_behind()
+
+    def _leave_behind(self) -> Iterator[Action]:
+        """Keep what waiting requests will want of sequences that are about to go on."""
+        for job in list(self.running.values()):
+            if not job.stops or job.stops[0] > job.held or job.phase not in (Phase.PROMPT, Phase.GENERATE):
+                continue
+            n = job.stops[0]
+            if n == job.n_prompt and not job.prompt_done:
+                continue
+            job.stops = job.stops[bisect_right(job.stops, job.held) :]
+            if n == job.held and any(self._on_grid(b) == n for b in self.tree.branches(job.tokens, Colour.WAITING)):
+                actions: list[Action] = []
+                self._keep(job, n, actions)
+                yield from actions
+
+    def _worth_keeping(self, job: Job) -> int:
+        """How many tokens of a job that ends somebody else may want to begin with."""
+        n = max(self.tree.match(job.tokens, Colour.WAITING), job.shared_at)
+        n = min(n, job.held, job.n_prompt)
+        for parked in self.parked:
+            n = max(n, min(common_prefix(parked.tokens, job.tokens), job.held))
+        if n < self.rules.min_share:
+            return 0
+        holders: list[Source] = [*self.kept.values(), *self.running.values()]
+        for holder in holders:
+            if holder is not job and min(holder.held, common_prefix(holder.tokens, job.tokens)) >= n:
+                return 0
+        return n
+
+    def _keep(self, source: Job, n: int, actions: list[Action]) -> Kept | None:
+        """Put the first ``n`` tokens of a sequence aside."""
+        if not self._free_spare:
+            least = self._least_wanted(None)
+            if least is None:
+                return None
+            actions.append(self._let_go(least))
+        kept = Kept(self._new_key(), heapq.heappop(self._free_spare), source.tokens[:n], self._tick)
+        self.cells.fork(source, kept, n)
+        self.kept[kept.key] = kept
+        self.tree.insert(kept.key, kept.tokens, Colour.RESIDENT)
+        actions.append(Copy(source.seq, kept.seq, n))
+        return kept
+
+    # --- room ---------------------------------------------------------------------------------------------------------
+
+    def _wanted(self, kept: Kept) -> bool:
+        """Whether somebody waits for this prefix."""
+        n = kept.held
+        return self.tree.match(kept.tokens, Colour.WAITING) == n or any(
+            common_prefix(job.tokens, kept.tokens) == n for job in self.parked
+        )
+
+    def _least_wanted(self, but: Source | None) -> Kept | None:
+        """The kept prefix that can go: one nobody waits for, the one not used for the longest time."""
+        in_use = {id(job.source) for job in self.running.values() if job.source is not None}
+        found = [k for k in self.kept.values() if k is not but and id(k) not in in_use]
+        return min(found, key=lambda k: (self._wanted(k), k.used), default=None)
+
+    def _let_go(self, kept: Kept) -> Drop:
+        del self.kept[kept.key]
+        self.tree.remove(kept.key)
+        self.cells.release(kept)
+        self._orphan(kept)
+        heapq.heappush(self._free_spare, kept.seq)
+        return Drop(kept.seq)
+
+    def _evict(self, n_cells: int, but: Source | None = None, *, anyone: bool = False) -> Iterator[Action]:
+        """Free cells of kept prefixes; of those that somebody waits for only if ``anyone`` will do."""
+        enough = self.cells.free + n_cells
+        while self.cells.free < enough:
+            least = self._least_wanted(but)
+            if least is None and anyone and isinstance(but, Kept) and but.key in self.kept:
+                least = but
+            if least is None or (self._wanted(least) and not anyone):
+                return
+            yield self._let_go(least)
+
+    def _unpark(self) -> Iterator[Action]:
+        while self.parked and self._free_slots:
+            job = self.parked[0]
+            ahead = min(job.to_come, self.rules.reserve) + len(self.running)
+            missing = job.preserved + ahead - self.cells.free
+            if missing > 0:
+                yield from self._evict(missing, anyone=not self.running)
+                missing = job.preserved + ahead - self.cells.free
+            if missing > 0 and self.running:
+                return
+            self.parked.pop(0)
+            job.seq = heapq.heappop(self._free_slots)
+            if job.share:
+                self.tree.insert(job.key, job.tokens, Colour.RESIDENT)
+            self.running[job.key] = job
+            self.cells.grow(job, job.preserved)
+            job.phase = Phase.GENERATE if job.prompt_done else Phase.PROMPT
+            yield Unpark(job)
+            if job.key not in self.running:
+                return  # there was no room after all
+
+    def park_youngest(self) -> Iterator[Action]:
+        """Make room at the expense of whoever was admitted last; nothing if there is only one."""
+        if len(self.running) < 2:
+            return
+        job = max(self.running.values(), key=lambda j: j.admitted)
+        if not job.held:  # nothing to save: as if it had never been admitted
+            self._vacate(job)
+            job.phase = Phase.WAITING
+            job.source = None
+            job.stops = []
+            job.ahead = 0
+            self._n_left -= 1
+            job.left_before = self._n_left
+            self._priorities[job.priority] += 1
+            self.waiting = {job.key: job, **self.waiting}
+            if job.share:
+                self.tree.insert(job.key, job.tokens, Colour.WAITING)
+            return
+        yield Park(job, job.seq)
+        if job.key not in self.running:
+            return
+        job.preemptions += 1
+        self.n_preemptions += 1
+        self.park(job)
+
+    def park(self, job: Job) -> None:
+        """A job's state is out of the context, or did not come back into it."""
+        job.preserved = job.held
+        self._vacate(job)
+        job.phase = Phase.PARKED
+        job.stops = []
+        insort(self.parked, job, key=lambda j: j.admitted)
+
+    def make_room(self) -> Iterator[Action]:
+        """The context had no room where the books saw some: let go whatever can go first; nothing if nothing can."""
+        least = self._least_wanted(None)
+        if least is not None and (not self._wanted(least) or len(self.running) < 2):
+            yield self._let_go(least)
+        else:
+            yield from self.park_youngest()
+
+    # --- the batch ----------------------------------------------------------------------------------------------------
+
+    def _mixed_rows(self) -> Iterator[Action]:
+        """One token of all that generate, and as much of prompts as fits."""
+        while True:
+            steps = [job for job in self.running.values() if job.phase is Phase.GENERATE]
+            prompts = [job for job in self.running.values() if job.phase is Phase.PROMPT]
+            wanted = min(self.rules.budget, len(steps) + sum(j.n_prompt - j.held for j in prompts))
+            if wanted > self.cells.free:
+                yield from self._evict(wanted - self.cells.free)
+            room = self.cells.free
+            if room < max(1, len(steps)) and (steps or prompts):
+                if len(self.running) > 1:
+                    yield from self.park_youngest()
+                    continue
+                yield from self._evict(wanted - room, anyone=True)
+                room = self.cells.free
+            break
+        left = min(self.rules.budget, room) - len(steps)
+        rows = [Row(job, job.held, job.held + 1) for job in steps]
+        for job in prompts:
+            end = min(job.n_prompt, job.held + left)
+            for stop in job.stops:
+                if stop > job.held:
+                    end = min(end, stop)
+                    break
+            if end > job.held:
+                rows.append(Row(job, job.held, end))
+                left -= end - job.held
+        self.rows = rows
+
+    def _fixed_rows(self, grid: int) -> list[Row]:
+        """One chunk of one prompt, or a token of each: never both."""
+        for job in self.running.values():
+            if job.phase is Phase.PROMPT:
+                return [Row(job, job.held, min(job.n_prompt, job.held - job.held % grid + grid))]
+        return [Row(job, job.held, job.held + 1) for job in self.running.values() if job.phase is Phase.GENERATE]
