@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from llamastate.layout import Schema
     from llamastate.state import StateAPI
 
-__all__ = ["check_base", "copy_sequence", "put_own", "replace_sequence"]
+__all__ = ["cells_of_others", "check_base", "copy_sequence", "empty_sequence", "put_own", "replace_sequence"]
 
 
 class Room(NamedTuple):
@@ -103,7 +103,7 @@ def replace_sequence(
         return
     _put_back(ctx, dest, room)
     if empty and not partial:
-        available = ctx.limits.base_cells - _cells_of_others(ctx, dest)
+        available = ctx.limits.base_cells - cells_of_others(ctx, dest)
         if info.n_cells > available:
             raise _not_enough(info.n_cells, max(0, available))
     # Validated, with room for it, and refused all the same: no way to this is known. Where no copy was taken (it would
@@ -237,14 +237,21 @@ def _obviously_fits(ctx: StateAPI, info: SequenceInfo, dest: int) -> bool:
         return True  # validation has compared the state with the whole cache
     if ctx.schema.m_rope or ctx._handle.moved_cells:
         return False  # more cells than positions: images, or positions that were divided. Spans do not count them
-    others = _cells_of_others(ctx, dest)
+    others = cells_of_others(ctx, dest)
     limits = ctx.limits
     return info.n_cells + others <= limits.base_cells and info.n_window_cells + others <= limits.window_cells
 
 
-def _cells_of_others(ctx: StateAPI, dest: int) -> int:
+def cells_of_others(ctx: StateAPI, dest: int) -> int:
     """At most how many cells all other sequences hold: those that several share are counted for each."""
     return sum(ctx._span(seq)[1] + 1 for seq in range(ctx._handle.n_seq_max) if seq != dest)
+
+
+def empty_sequence(ctx: StateAPI, *taken: int) -> int | None:
+    """A sequence that holds nothing, the last one first: programs tend to use the first ones."""
+    return next(
+        (s for s in range(ctx._handle.n_seq_max - 1, -1, -1) if s not in taken and ctx._span(s) == (-1, -1)), None
+    )
 
 
 def _count_room(ctx: StateAPI, dest: int) -> Room:

@@ -13,6 +13,7 @@ from llamastate.history import Checkpoint, History
 from llamastate.sessioncore import check_label, common_prefix
 from llamastate.sessiongen import Completion, SessionGeneration
 from llamastate.sessionio import in_thread
+from llamastate.sessionstore import Prefixes
 from llamastate.words import brief
 
 if TYPE_CHECKING:
@@ -32,11 +33,14 @@ class SyncResult(NamedTuple):
         Of those, how many had to be decoded again, because the state could not be trimmed to them.
     decoded : int
         New tokens.
+    loaded : int
+        How many tokens, from the first on, a store of prefixes has given. Those count as reused.
     """
 
     reused: int
     replayed: int
     decoded: int
+    loaded: int = 0
 
 
 class Session(SessionGeneration):
@@ -54,6 +58,8 @@ class Session(SessionGeneration):
         models); it bounds what :meth:`rollback` decodes again. 0 for none.
     max_checkpoints, max_checkpoint_bytes : int
         How many states checkpoints may keep, and how many bytes. Past that old ones get sparser.
+    store : PrefixStore, optional
+        Where to look for what would have to be decoded, and to keep what was: in every call that decodes.
 
     Raises
     ------
@@ -63,6 +69,8 @@ class Session(SessionGeneration):
     Notes
     -----
     After every call the sequence holds exactly :attr:`tokens`, also after a call that failed. Threads take turns.
+
+    A store that fails costs time only: the error is logged (``llamastate.session``) and kept in ``store_error``.
 
     Examples
     --------
@@ -84,6 +92,7 @@ class Session(SessionGeneration):
         checkpoint_every: int = 512,
         max_checkpoints: int = 32,
         max_checkpoint_bytes: int = 256 << 20,
+        store: Prefixes | None = None,
     ) -> None:
         super().__init__(
             ctx,
@@ -92,6 +101,7 @@ class Session(SessionGeneration):
             checkpoint_every=checkpoint_every,
             max_checkpoints=max_checkpoints,
             max_checkpoint_bytes=max_checkpoint_bytes,
+            store=store,
         )
         self._check_step()
 
@@ -141,7 +151,13 @@ class Session(SessionGeneration):
 
     # --- going on -----------------------------------------------------------------------------------------------------
 
-    def feed(self, text_or_tokens: str | bytes | TokensLike, *, parse_special: bool = False) -> int:
+    def feed(
+        self,
+        text_or_tokens: str | bytes | TokensLike,
+        *,
+        parse_special: bool = False,
+        store: Prefixes | None = None,
+    ) -> int:
         """Append text or tokens.
 
         Parameters
@@ -150,11 +166,14 @@ class Session(SessionGeneration):
             Text (UTF-8 if bytes) gets a BOS token where the model wants one, if the session is empty.
         parse_special : bool
             Read ``<|im_start|>`` and the like in text as control tokens.
+        store : PrefixStore, optional
+            Used for this call in place of the session's own: what it has of the tokens is loaded instead of decoded,
+            what it has not is put into it.
 
         Returns
         -------
         int
-            How many tokens were decoded.
+            How many tokens were appended.
 
         Raises
         ------
@@ -166,17 +185,30 @@ class Session(SessionGeneration):
             if not len(ids):
                 return 0
             self._check_step()
-            with self._all_or_nothing():
-                self._forget_future()
-                self._advance(ids)
+            store = self._which(store)
+            if store is None:
+                self._append(ids)
+            else:
+                start = self.n_past
+                whole = np.concatenate([self._tokens, ids])
+                if not (self._is_worth_it(store, whole, start) and self._follow_store(store, whole, start, start)):
+                    self._append(ids)
+                self._put_prefix(store)
             return len(ids)
 
-    def sync(self, tokens: TokensLike) -> SyncResult:
+    def _append(self, ids: Int32Array) -> None:
+        with self._all_or_nothing():
+            self._forget_future()
+            self._advance(ids)
+
+    def sync(self, tokens: TokensLike, *, store: Prefixes | None = None) -> SyncResult:
         """Make the sequence hold exactly these tokens, reusing what it shares with them from the beginning on.
 
         Parameters
         ----------
         tokens : array-like of int
+        store : PrefixStore, optional
+            As for :meth:`feed`.
 
         Returns
         -------
@@ -189,32 +221,38 @@ class Session(SessionGeneration):
         """
         with self._turn():
             ids = as_tokens(tokens, self.ctx.model.n_vocab)
+            store = self._which(store)
             self._check_step()
             shared = common_prefix(self._tokens, ids)
-            old = self._tokens
-            # A tail that can be trimmed can also be decoded again, should the new one fail; else keep what there is.
-            kept = None if self._can_trim(shared) else self._keep()
-            try:
-                replayed = self._go_back(shared)
-                with self._all_or_nothing():
-                    self._forget_future()
-                    if shared < len(ids):
-                        self._advance(ids[shared:])
-            except BaseException:
-                if kept is not None:
-                    self._put_back(kept)
-                else:
-                    if not self.ctx.seq_rm(self.seq_id, shared, -1):
-                        self.ctx.seq_rm(self.seq_id)
-                    self._take_back(old, None, None)
-                raise
-            return SyncResult(shared, replayed, len(ids) - shared)
+            loaded = 0
+            if store is not None:
+                base = self._plan_back(shared).base
+                if self._is_worth_it(store, ids, base):
+                    loaded = self._follow_store(store, ids, shared, base)
+            replayed = max(0, shared - loaded) if loaded else self._follow(ids, shared)
+            self._put_prefix(store)
+            known = max(shared, loaded)
+            return SyncResult(known, replayed, len(ids) - known, loaded)
+
+    def _follow(self, ids: Int32Array, shared: int) -> int:
+        """Make the sequence hold ``ids``, of which it has the first ``shared``; how many of these are decoded again."""
+        with self._or_as_it_was(shared, len(ids)):
+            replayed = self._go_back(shared)
+            with self._all_or_nothing():
+                self._forget_future()
+                if shared < len(ids):
+                    self._advance(ids[shared:])
+        return replayed
 
     # --- asyncio ------------------------------------------------------------------------------------------------------
 
-    async def afeed(self, text_or_tokens: Any, *, parse_special: bool = False) -> int:
+    async def afeed(self, text_or_tokens: Any, *, parse_special: bool = False, store: Prefixes | None = None) -> int:
         """:meth:`feed` for asyncio."""
-        return await in_thread(lambda stopped: self.feed(text_or_tokens, parse_special=parse_special))
+        return await in_thread(lambda stopped: self.feed(text_or_tokens, parse_special=parse_special, store=store))
+
+    async def async_(self, tokens: TokensLike, *, store: Prefixes | None = None) -> SyncResult:
+        """:meth:`sync` for asyncio; ``async`` itself is a word of the language."""
+        return await in_thread(lambda stopped: self.sync(tokens, store=store))
 
     # --- going back ---------------------------------------------------------------------------------------------------
 
@@ -391,4 +429,5 @@ class Session(SessionGeneration):
             checkpoint_every=self._every,
             max_checkpoints=self._history._max_checkpoints,
             max_checkpoint_bytes=self._history._max_bytes,
+            store=self._store,
         )

@@ -6,7 +6,7 @@ import contextlib
 import threading
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -24,12 +24,10 @@ from llamastate.errors import (
 from llamastate.exactness import can_trim
 from llamastate.flags import SeqFlags
 from llamastate.history import Checkpoint, History, Plan
-from llamastate.restore import put_own
+from llamastate.restore import cells_of_others, empty_sequence, put_own
 from llamastate.state import StateAPI
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
-
     from llamastate.context import Context
 
 __all__ = ["SessionCore", "check_label", "common_prefix", "count"]
@@ -72,13 +70,6 @@ class SessionCore:
             max_checkpoints=count("max_checkpoints", max_checkpoints),
             max_bytes=count("max_checkpoint_bytes", max_checkpoint_bytes),
         )
-
-    @classmethod
-    def _unchecked(cls, ctx: Context, seq_id: int, **options: Any) -> Self:
-        """Make a session over a sequence that holds anything, which is about to be replaced."""
-        self = cls.__new__(cls)
-        SessionCore.__init__(self, ctx, seq_id, **options)
-        return self
 
     @property
     def n_past(self) -> int:
@@ -223,18 +214,11 @@ class SessionCore:
             self._logits[:] = point.logits
             self._has_logits = True
             return 0
-        tokens = self._tokens
-        with self.ctx._handle:  # nobody may take the cell that is given back for a moment
-            kept = None if self._can_trim(n - 1) else self._keep()
-            try:
-                replayed = self._go_back(n - 1)
-                self._advance(tokens[n - 1 :])
-            except BaseException:
-                if kept is not None:
-                    self._put_back(kept)
-                else:
-                    self._take_back(tokens, None, None)
-                raise
+        last = self._tokens[n - 1 :]
+        # nobody may take the cell that is given back for a moment
+        with self.ctx._handle, self._or_as_it_was(n - 1, n):
+            replayed = self._go_back(n - 1)
+            self._advance(last)
         return replayed + 1
 
     # --- checkpoints --------------------------------------------------------------------------------------------------
@@ -260,10 +244,10 @@ class SessionCore:
         if recurrent and not point.automatic and self._has_logits:
             point.logits = self._logits.copy()
 
-    def _forget_future(self) -> None:
+    def _forget_future(self, n_tokens: int | None = None) -> None:
         """Other tokens take the place of what was undone: neither redo nor checkpoints lead there any more."""
         self._redo.clear()
-        self._history.drop_after(self.n_past)
+        self._history.drop_after(self.n_past if n_tokens is None else n_tokens)
 
     # --- going back ---------------------------------------------------------------------------------------------------
 
@@ -273,45 +257,97 @@ class SessionCore:
 
     def _go_back(self, n: int) -> int:
         """Make the sequence hold the first ``n`` of its tokens; how many were decoded again. Fails without a trace."""
-        plan = self._history.plan_back(n, n_past=self.n_past, pos_min=self.ctx.seq_pos_min(self.seq_id))
+        with self.ctx._handle:
+            plan = self._plan_back(n)
+            if not plan.replay:
+                # before another sequence's decode takes window cells that are only needed to go back
+                return self._carry_out(plan, self._tokens[:n])
         return self._carry_out(plan, self._tokens[:n])
 
+    def _plan_back(self, n: int) -> Plan:
+        return self._history.plan_back(n, n_past=self.n_past, pos_min=self.ctx.seq_pos_min(self.seq_id))
+
     def _carry_out(self, plan: Plan, tokens: Int32Array) -> int:
-        if plan.way == "nothing" and not plan.replay:
-            return 0
-        kept = self._keep() if plan.replay else None
-        # not copied: whoever has other logits without decoding puts another array in the place of this
-        before = (self._tokens, self._logits if self._has_logits else None)
-        point = plan.checkpoint
-        try:
-            if plan.way == "trim":
-                if not self.ctx.seq_rm(self.seq_id, plan.base, -1):
-                    raise SequenceChangedError(f"sequence {self.seq_id} cannot be trimmed to {plan.base} any more")
-            elif plan.way == "scratch":
-                self.ctx.seq_rm(self.seq_id)
-            elif point is not None:
-                self._set_state(point)
-            if plan.way != "nothing":
-                self._tokens = tokens[: plan.base]
-                self._has_logits = False
-            if point is not None and point.logits is not None and point.n_tokens == len(tokens):
-                self._logits = point.logits.copy()
-                self._has_logits = True
-            if plan.replay:
+        if plan.replay:
+            with self._or_as_it_was(None, len(tokens)):
+                self._step_back(plan, tokens)
                 self._advance(tokens[plan.base :])
-        except BaseException:
-            if kept is not None:
-                self._put_back(kept)
-            else:
+        elif plan.way != "nothing":
+            # not copied: whoever has other logits without decoding puts another array in the place of this
+            before = (self._tokens, self._logits if self._has_logits else None)
+            try:
+                self._step_back(plan, tokens)
+            except BaseException:
                 self._take_back(*before, None)
-            raise
+                raise
         return plan.replay
+
+    def _step_back(self, plan: Plan, tokens: Int32Array) -> None:
+        """All of a plan but decoding."""
+        point = plan.checkpoint
+        if plan.way == "trim":
+            if not self.ctx.seq_rm(self.seq_id, plan.base, -1):
+                raise SequenceChangedError(f"sequence {self.seq_id} cannot be trimmed to {plan.base} any more")
+        elif plan.way == "scratch":
+            self.ctx.seq_rm(self.seq_id)
+        elif point is not None:
+            self._set_state(point)
+        if plan.way != "nothing":
+            self._tokens = tokens[: plan.base]
+            self._has_logits = False
+        if point is not None and point.logits is not None and point.n_tokens == len(tokens):
+            self._logits = point.logits.copy()
+            self._has_logits = True
 
     def _set_state(self, point: Checkpoint) -> None:
         if point.kind == "full":
             self.ctx.state_seq_set_data(point.state, self.seq_id)
         elif point.sound is not point.state or not put_own(self.ctx, point.state, self.seq_id, point.n_tokens):
             self.ctx.state_seq_set_data(point.state, self.seq_id, SeqFlags.PARTIAL_ONLY)
+
+    # --- coming back after a failure ----------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _or_as_it_was(self, common: int | None, n: int) -> Iterator[None]:
+        """Let the block make the sequence hold up to ``n`` tokens; should it fail, put back what there was.
+
+        Where the block leaves the first ``common`` tokens alone, and the rest can be trimmed, nothing is copied
+        beforehand: what is gone is decoded again then.
+        """
+        old = self._tokens
+        with contextlib.ExitStack() as stack:
+            twin = logits = None
+            if self._is_in_doubt(n) and (twin := empty_sequence(self.ctx, self.seq_id)) is not None:
+                # A second owner for the cells. Nobody else may come across it.
+                stack.enter_context(self.ctx._handle)
+                stack.callback(self.ctx.seq_rm, twin)
+                self.ctx.seq_cp(self.seq_id, twin)
+                logits = self._logits.copy() if self._has_logits else None
+            trims = common is not None and self._can_trim(common)
+            kept = None if trims or twin is not None else self._keep()
+            try:
+                yield
+            except BaseException:
+                if twin is not None:
+                    self.ctx.seq_cp(twin, self.seq_id)
+                    self._take_back(old, logits, None)
+                elif kept is not None:
+                    self._put_back(kept)
+                else:
+                    if not self.ctx.seq_rm(self.seq_id, common or 0, -1):
+                        self.ctx.seq_rm(self.seq_id)
+                    self._take_back(old, None, None)
+                raise
+
+    def _is_in_doubt(self, n: int) -> bool:
+        """Whether ``n`` tokens, or those it has, might find no room: others keep the cells that it shares with them."""
+        ctx, kind = self.ctx, self.ctx.model.memory_kind
+        shares = ctx._params.get("kv_unified") and self.seq_id in ctx._handle.shared
+        if not self.n_past or kind == "recurrent" or not shares:
+            return False
+        if kind not in ("attention", "hybrid") or ctx.schema.m_rope or ctx._handle.moved_cells:
+            return True  # cells cannot be counted by tokens there
+        return cells_of_others(ctx, self.seq_id) + max(n, self.n_past) > ctx.limits.base_cells
 
     def _keep(self) -> Kept:
         return Kept(

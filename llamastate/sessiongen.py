@@ -170,6 +170,7 @@ class SessionGeneration(SessionIO):
             yield rest
         with self._turn():
             self._anchor()
+            self._put_prefix(self._store)
 
     # --- asyncio ------------------------------------------------------------------------------------------------------
 

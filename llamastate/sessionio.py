@@ -14,7 +14,8 @@ from llamastate import layout, sessionfiles
 from llamastate.errors import CorruptStateError, LlamaStateError
 from llamastate.history import Checkpoint
 from llamastate.sampler import Sampler
-from llamastate.sessioncore import SessionCore, check_context
+from llamastate.sessioncore import check_context
+from llamastate.sessionstore import SessionStore
 from llamastate.snapshot import CheckpointFlags, CheckpointRecord, Snapshot
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ __all__ = ["SessionIO", "in_thread"]
 _T = TypeVar("_T")
 
 
-class SessionIO(SessionCore):
+class SessionIO(SessionStore):
     """How a :class:`~llamastate.Session` is saved and brought back. Not made directly."""
 
     def snapshot(
