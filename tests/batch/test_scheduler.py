@@ -1,0 +1,228 @@
+"""The scheduler on a simulated context: nothing is forked, parked or dropped that would not be exact, nobody starves."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from llamastate.batch.jobs import Job, Rules
+from tests.batch.simulation import Simulation
+
+
+def rules(**fields: object) -> Rules:
+    given = {"n_slots": 4, "n_spare": 2, "n_cells": 400, "max_tokens": 400, "budget": 32, "min_share": 1, **fields}
+    return Rules(**given)  # type: ignore[arg-type]
+
+
+def text(seed: int, n: int) -> list[int]:
+    rng = random.Random(seed)
+    return [rng.randrange(1000) for _ in range(n)]
+
+
+@pytest.fixture(params=[True, False], ids=["anywhere", "exact"])
+def anywhere(request):
+    return request.param
+
+
+def test_one(anywhere):
+    sim = Simulation(rules(fork_anywhere=anywhere))
+    sim.add(text(0, 50), 4)
+    sim.run()
+    assert sim.computed == 50 + 3  # the last token is not decoded
+
+
+def test_a_prefix_is_computed_once(anywhere):
+    sim = Simulation(rules(fork_anywhere=anywhere))
+    shared = text(0, 100)
+    for i in range(20):
+        sim.add(shared + text(i + 1, 5), 3)
+    sim.run()
+    assert sim.computed == 100 + 20 * (5 + 2)
+
+
+def test_groups_in_groups(anywhere):
+    """All begin alike, some go on alike: each part is computed once."""
+    sim = Simulation(rules(fork_anywhere=anywhere, n_cells=2000, max_tokens=2000, n_spare=6))
+    system = text(0, 60)
+    jobs = [system + text(100 + group, 40) + text(1000 * group + i, 4) for group in range(3) for i in range(8)]
+    random.Random(1).shuffle(jobs)
+    for tokens in jobs:
+        sim.add(tokens, 2)
+    sim.run()
+    assert sim.computed == 60 + 3 * 40 + 24 * (4 + 1)
+
+
+def test_a_kept_prefix_serves_those_who_come_later(anywhere):
+    sim = Simulation(rules(fork_anywhere=anywhere))
+    shared = text(0, 64)
+    for i in range(2):
+        sim.add(shared + text(i + 1, 6), 2)
+    sim.run()
+    before = sim.computed
+    sim.add(shared + text(9, 6), 2)
+    sim.run()
+    assert sim.computed - before == 6 + 1
+
+
+def test_twins_fork_after_the_prompt(anywhere):
+    sim = Simulation(rules(fork_anywhere=anywhere))
+    first = sim.add(text(0, 30), 5)
+    for _ in range(9):  # more than there are slots
+        sim.add(first.tokens.tolist(), 5, twin_of=first)
+    sim.run()
+    assert len(sim.done) == 10
+    assert sim.computed == 30 + 10 * 4
+
+
+def test_twins_of_a_prompt_that_others_have(anywhere):
+    sim = Simulation(rules(fork_anywhere=anywhere))
+    tokens = text(0, 30)
+    for _ in range(3):
+        first = sim.add(tokens, 3)
+        sim.add(tokens, 3, twin_of=first)
+    sim.run()
+    assert len(sim.done) == 6
+
+
+def test_who_shares_nothing_waits_for_nobody(anywhere):
+    sim = Simulation(rules(fork_anywhere=anywhere))
+    tokens = text(0, 40)
+    for _ in range(3):
+        sim.add(tokens, 2, share=False)
+    sim.run()
+    assert sim.computed == 3 * 41
+
+
+def test_little_memory_parks_the_youngest_and_all_end(anywhere):
+    sim = Simulation(rules(fork_anywhere=anywhere, n_cells=100, max_tokens=100, reserve=4, n_spare=1))
+    jobs = [sim.add(text(i, 10), 60) for i in range(12)]
+    sim.run()
+    assert sim.scheduler.n_preemptions > 0
+    assert set(sim.done) == set(jobs)
+    assert jobs[0].preemptions == 0  # the oldest is never the youngest
+    assert sim.computed == 12 * (10 + 59)  # a parked state is not computed again
+
+
+def test_reserving_all_parks_nobody(anywhere):
+    sim = Simulation(rules(fork_anywhere=anywhere, n_cells=100, max_tokens=100, reserve=100, n_spare=1))
+    for i in range(12):
+        sim.add(text(i, 10), 30)
+    sim.run()
+    assert sim.scheduler.n_preemptions == 0
+
+
+def test_kept_prefixes_make_room(anywhere):
+    sim = Simulation(rules(fork_anywhere=anywhere, n_cells=120, max_tokens=120))
+    for seed in range(4):
+        sim.add([*text(seed, 40), 1], 2)
+        sim.add([*text(seed, 40), 2], 2)
+        sim.run()
+    sim.add(text(99, 110), 8)
+    sim.run()
+    assert sim.scheduler.n_preemptions == 0
+
+
+def test_as_long_as_the_cache(anywhere):
+    sim = Simulation(rules(fork_anywhere=anywhere, n_cells=64, max_tokens=64))
+    assert not sim.scheduler.fits(64, 5)
+    assert sim.scheduler.fits(64, 1)
+    sim.add(text(0, 63), 5)
+    sim.add(text(1, 64), 1)
+    sim.add(text(2, 10), 500)
+    sim.run()
+    assert len(sim.done) == 3
+
+
+def overtaken(sim: Simulation, jobs: list[Job]) -> int:
+    """The most later jobs that any job saw go before it."""
+    place = {job: i for i, job in enumerate(sim.admissions)}
+    most = 0
+    for i, job in enumerate(jobs):
+        most = max(most, sum(place[later] < place[job] for later in jobs[i + 1 :]))
+    return most
+
+
+@pytest.mark.parametrize("patience", [0, 1, 5, 20])
+def test_nobody_is_overtaken_more_often_than_said(anywhere, patience):
+    """One that is unlike all others, before a hundred that are alike; and the same with all of higher priority."""
+    for priority in (0, 7):
+        sim = Simulation(rules(fork_anywhere=anywhere, patience=patience))
+        shared = text(0, 50)
+        jobs = [sim.add([*shared, 0], 2)]
+        jobs.append(sim.add(text(1, 30), 2))
+        jobs += [sim.add([*shared, i], 2, priority=priority) for i in range(1, 101)]
+        sim.run()
+        assert overtaken(sim, jobs) <= patience
+        if patience > 1:
+            assert overtaken(sim, jobs) == patience  # it does go after those that are alike
+
+
+def test_priority(anywhere):
+    sim = Simulation(rules(fork_anywhere=anywhere, n_slots=1))
+    low = [sim.add(text(i, 10), 2) for i in range(3)]
+    high = [sim.add(text(10 + i, 10), 2, priority=1) for i in range(3)]
+    sim.run()
+    assert sim.admissions == [*high, *low]
+
+
+def test_the_store_is_asked_where_nobody_has_more(anywhere):
+    stored: dict[Job, int] = {}
+    sim = Simulation(rules(fork_anywhere=anywhere), stored=stored)
+    shared = text(0, 100)
+    jobs = [sim.add(shared + text(i + 1, 5), 2) for i in range(6)]
+    stored.update({job: 96 for job in jobs})
+    sim.run()
+    if anywhere:
+        assert sim.loaded == 96  # once: the others take it from the first
+        assert sim.computed == (100 - 96) + 6 * (5 + 1)
+    else:
+        assert sim.loaded <= 2 * 96
+    assert len(sim.done) == 6
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_anything(seed):
+    """Random requests, memory, prefixes, coming at random moments, some of them given up: all invariants hold."""
+    rng = random.Random(seed)
+    n_cells = rng.choice([60, 120, 400, None])
+    most = 60 if n_cells is None else n_cells
+    anywhere = rng.random() < 0.5
+    given = rules(
+        n_slots=rng.randint(1, 6),
+        n_spare=rng.randint(0, 3),
+        n_cells=n_cells,
+        max_tokens=most,
+        budget=rng.choice([8, 16, 64]),
+        fork_anywhere=anywhere,
+        min_share=rng.choice([1, 4, 16]),
+        reserve=rng.choice([1, 8, 64]),
+        patience=rng.choice([0, 3, 50]),
+        grid=None if n_cells is not None else rng.choice([None, 8]),
+    )
+    stored: dict[Job, int] = {}
+    sim = Simulation(given, stored=stored)
+    roots = [text(1000 + i, rng.randint(1, 40)) for i in range(4)]
+    jobs: list[Job] = []
+    given_up: set[Job] = set()
+    for _ in range(80):
+        tokens = (rng.choice(roots)[: rng.randint(1, 40)] + text(rng.randrange(6), rng.randint(0, 30)))[: most - 1]
+        job = sim.add(tokens, rng.randint(1, 30), priority=rng.choice([0, 0, 0, 1]), share=rng.random() < 0.9)
+        if rng.random() < 0.3:
+            stored[job] = rng.randint(0, len(tokens))
+        jobs.append(job)
+        while rng.random() < 0.2:
+            jobs.append(sim.add(tokens, rng.randint(1, 9), twin_of=job if job.share else None, share=job.share))
+        while rng.random() < 0.5 and not sim.scheduler.idle:
+            sim.step()
+        if rng.random() < 0.05:
+            victim = rng.choice(jobs)
+            if victim not in sim.done:
+                for job in [victim, *(j for j in jobs if j.twin_of is victim and j not in sim.done)]:
+                    given_up.add(job)
+                    for action in sim.scheduler.finish(job):
+                        sim.carry_out(action)
+    sim.run()
+    assert set(sim.done) | given_up == set(jobs)
+    if not given_up and not any(job.preemptions for job in jobs):
+        assert overtaken(sim, jobs) <= given.patience
