@@ -109,6 +109,9 @@ class BatchRunner(Closing):
         All cores by default.
     type_k, type_v, flash_attn
         As for :class:`~llamastate.Context`.
+    max_model_len : int, optional
+        The most tokens that one request may have, with what it generates; by default those that the model was trained
+        on. The cache holds no more than ``n_ctx`` in any case.
     n_spare : int
         Sequences that keep prefixes which nobody runs at the moment.
     window : int, optional
@@ -165,6 +168,7 @@ class BatchRunner(Closing):
         type_k: str = "f16",
         type_v: str = "f16",
         flash_attn: str = "auto",
+        max_model_len: int | None = None,
         n_spare: int = 8,
         window: int | None = None,
         patience: int | None = None,
@@ -179,6 +183,9 @@ class BatchRunner(Closing):
         self._window = _within("window", 4 * n_parallel if window is None else window, 1, 1 << 30)
         patience = self._window if patience is None else _within("patience", patience, 0, 1 << 30)
         n_ctx = _within("n_ctx", n_ctx, 0, (1 << 31) - 257)
+        longest = model.n_ctx_train or 1 << 30
+        if max_model_len is not None:
+            longest = _within("max_model_len", max_model_len, 1, 1 << 30)
         self.model = model
         n_seq = n_parallel + n_spare + 1
         params: dict[str, Any] = {"type_k": type_k, "type_v": type_v, "flash_attn": flash_attn, "n_threads": n_threads}
@@ -193,7 +200,7 @@ class BatchRunner(Closing):
         )
         kind = model.memory_kind
         bounded = kind != "recurrent"
-        most = min(self.ctx.n_ctx_seq if bounded else 1 << 30, model.n_ctx_train or 1 << 30)
+        most = min(self.ctx.n_ctx_seq if bounded else 1 << 30, longest)
         rules = Rules(
             n_slots=n_parallel,
             n_spare=n_spare,
