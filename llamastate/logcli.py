@@ -110,8 +110,8 @@ def _ls(options: argparse.Namespace) -> int:
         return 0
     rows = [("ID", "ENTRIES", "CREATED", "LAST ENTRY", "FROM")]
     for info in infos:
-        origin = "" if info.origin is None else f"{info.relation} of {info.origin.session_id}"
-        rows.append((info.id, str(info.n_entries), _time(info.created), _time(info.updated), origin))
+        origin = "" if info.origin is None else _clean(f"{info.relation} of {info.origin.session_id}")
+        rows.append((_clean(info.id), str(info.n_entries), _time(info.created), _time(info.updated), origin))
     _print_rows(rows)
     return 0
 
@@ -130,7 +130,7 @@ def _show(options: argparse.Namespace) -> int:
     for stored in entries:
         facts = _readable(stored)
         rows.append((
-            str(stored.index), stored.hash[:12], _time(facts.get("ts")), str(facts.get("kind")), _summary(facts)
+            str(stored.index), stored.hash[:12], _time(facts.get("ts")), _cut(str(facts.get("kind"))), _summary(facts)
         ))  # fmt: skip
     _print_rows(rows)
     return 0
@@ -152,7 +152,7 @@ def _verify(options: argparse.Namespace) -> int:
     else:
         for fact in facts:
             verdict = f"ok ({fact['n_entries']} entries)" if fact["ok"] else f"FAILED: {fact['error']}"
-            print(f"{fact['id']}: {verdict}")
+            print(_clean(f"{fact['id']}: {verdict}"))
     return int(not all(fact["ok"] for fact in facts))
 
 
@@ -167,8 +167,11 @@ def _tree(options: argparse.Namespace) -> int:
         ]
         print(json.dumps(rows, indent=2))
         return 0
-    draw = tree_svg if options.svg else tree_dot if options.dot else tree_text
-    print(draw(roots), end="")
+    if options.svg or options.dot:
+        print((tree_svg if options.svg else tree_dot)(roots), end="")
+    else:
+        for line in tree_text(roots).splitlines():
+            print(_clean(line))
     return 0
 
 
@@ -275,7 +278,7 @@ def _print_state(log: SessionLog, state: RestoredState, *, as_json: bool) -> Non
         return
     for name, value in facts.items():
         if name != "history":
-            print(f"{name:<20}{value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}")
+            print(f"{name:<20}{_cut(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))}")
     for i, item in enumerate(state.history):
         print(f"{i:>6}  {_cut(_item(item))}")
 
@@ -286,8 +289,13 @@ def _print_rows(rows: Sequence[tuple[str, ...]]) -> None:
         print("  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[-1]]).rstrip())
 
 
+def _clean(text: str) -> str:
+    """What a log holds must not command the terminal."""
+    return "".join(c if c.isprintable() else " " for c in text)
+
+
 def _cut(text: str) -> str:
-    line = "".join(c if c.isprintable() else " " for c in text)
+    line = _clean(text)
     return line if len(line) <= _WIDTH else f"{line[: _WIDTH - 1]}…"
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import msgspec
 
-from llamastate.errors import LogTamperedError
+from llamastate.errors import InvalidArgumentError, LogTamperedError
 from llamastate.log.entries import Decoded, Entry, UnknownEntry, decode, encode
 
 __all__ = ["HASH_BYTES", "StoredEntry", "chain", "chain_hash", "checked"]
@@ -142,8 +142,12 @@ def require_chain(entries: Sequence[StoredEntry], index: int, prev_hash: str | N
     Raises
     ------
     LogTamperedError
+    InvalidArgumentError
+        An entry is not on one line, which is how logs are exported.
     """
     for stored in entries:
+        if b"\n" in stored.data or b"\r" in stored.data:
+            raise InvalidArgumentError("an entry has no ends of lines in it", name="entries", value=stored.index)
         if (stored.index, stored.prev_hash) != (index, prev_hash) or chain_hash(prev_hash, stored.data) != stored.hash:
             raise tampered(stored.index, f"entry {stored.index} does not follow entry {index - 1}")
         index, prev_hash = index + 1, stored.hash

@@ -81,6 +81,9 @@ def gives_back_what_it_took(store: LogStore) -> None:
         assert store.find("a", stored.hash) == stored.index
     assert store.find("a", "00" * 32) is None
     assert store.find("a", "no hash") is None
+    assert store.find("a", entries[1].hash.upper()) is None
+    assert list(store.read("a", -5, 2)) == entries[:2]
+    assert list(store.read("a", 0, -1)) == []
 
 
 def keeps_sessions_apart(store: LogStore) -> None:
@@ -149,6 +152,9 @@ def refuses_what_would_not_hold(store: LogStore) -> None:
         StoredEntry(good.index + 1, good.hash, good.prev_hash, good.data),
     ):
         _refuses(LogTamperedError, partial(store.append, "a", [bad]))
+    for end in (b"\n", b"\r"):  # where it would be cut in two when it is exported
+        (split,) = chain([good.data.replace(b",", b"," + end, 1)], index=2, prev_hash=good.prev_hash)
+        _refuses(InvalidArgumentError, partial(store.append, "a", [split]))
     (start,) = _start()
     forged = StoredEntry(0, "11" * 32, None, start.data)
     _refuses(LogTamperedError, lambda: store.create("b", [forged]))
@@ -159,6 +165,8 @@ def refuses_what_would_not_hold(store: LogStore) -> None:
 def knows_what_is_not_there(store: LogStore) -> None:
     """A session that does not exist is an error everywhere."""
     _session(store, "a", 1)
+    for name in ("\ud800", "", "a/b", "A"):
+        _refuses(SessionNotFoundError, partial(store.head, name))
     calls: tuple[Callable[[], Any], ...] = (
         lambda: store.head("b"),
         lambda: list(store.read("b")),
@@ -183,6 +191,7 @@ def lists_newest_first(store: LogStore) -> None:
     assert [info.id for info in store.sessions(limit=2, before="k")] == ["a", "z"]
     assert [info.id for info in store.sessions(before="z")] == ["m"]
     assert list(store.sessions(limit=0)) == []
+    _refuses(InvalidArgumentError, lambda: store.sessions(limit=-1))
     info = store.info("m")
     assert info == store.sessions()[-1]
     assert (info.n_entries, info.head_hash, info.updated) == (3, store.head("m").hash, 1234)

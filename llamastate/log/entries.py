@@ -38,6 +38,10 @@ __all__ = [
 
 Item = dict[str, Any]
 
+#: Levels of objects and lists in an entry. Parsers recurse, and how deep they can depends on who calls them: what was
+#: recorded has to be readable from anywhere.
+MAX_DEPTH = 200
+
 
 def now_ms() -> int:
     """Milliseconds since the epoch."""
@@ -249,7 +253,8 @@ class UnknownEntry(msgspec.Struct, frozen=True):
     @property
     def kind(self) -> str:
         """Which kind it is."""
-        return str(self.data["kind"])
+        kind = self.data.get("kind") if isinstance(self.data, dict) else None
+        return kind if isinstance(kind, str) else ""
 
     @property
     def ts(self) -> int:
@@ -374,17 +379,38 @@ def canonical(value: Any) -> bytes:
         raise ValueError("it is nested too deeply") from None
 
 
+def _check_depth(raw: dict[str, Any]) -> None:
+    # what a fork takes along lies a few levels deeper in it than where it comes from
+    limit = MAX_DEPTH + (8 if raw.get("kind") == "session_start" else 0)
+    level: list[Any] = [raw]
+    for _ in range(limit):
+        level = [
+            child
+            for value in level
+            for child in (value.values() if isinstance(value, dict) else value)
+            if isinstance(child, (dict, list))
+        ]
+        if not level:
+            return
+    raise ValueError("it is nested too deeply")
+
+
 def encode(entry: Entry | UnknownEntry) -> bytes:
     """The bytes of an entry.
 
     Raises
     ------
     InvalidArgumentError
-        Something in it would not come back as it is: NaN, keys that are no strings, tuples, objects.
+        Something in it would not come back as it is: NaN, keys that are no strings, tuples, objects; or it is nested
+        more than :data:`MAX_DEPTH` levels deep.
     """
     try:
         raw = to_raw(entry)
         data = canonical(raw)
+        if not isinstance(raw, dict):
+            raise ValueError("it is no object with a kind")
+        if data.count(b"{") + data.count(b"[") > MAX_DEPTH:
+            _check_depth(raw)
         if _plain.decode(data) != raw:
             raise ValueError("it would not come back the same: only str keys, lists, dicts and numbers do")
         decode(data)

@@ -15,7 +15,7 @@ from typing import IO, NamedTuple
 
 import msgspec
 
-from llamastate.errors import CorruptStateError, LogTamperedError
+from llamastate.errors import CorruptStateError, InvalidArgumentError, LogTamperedError
 from llamastate.log.chaining import StoredEntry, checked
 from llamastate.log.entries import canonical
 from llamastate.log.store import LogStore, read_all
@@ -101,6 +101,10 @@ def parse_lines(lines: Iterable[bytes]) -> Iterator[tuple[str, StoredEntry]]:
         A line is none; ``offset`` is its number, from 1.
     """
     for number, line in enumerate(lines, start=1):
+        if not isinstance(line, bytes):
+            raise InvalidArgumentError(
+                f"lines are bytes, not {type(line).__name__}: open the file as binary", name="lines", value=line
+            )
         if not line.strip():
             continue
         match = _LINE.fullmatch(line)

@@ -9,7 +9,7 @@ from itertools import islice
 
 from llamastate.errors import ClosedError, HeadMovedError
 from llamastate.log.chaining import StoredEntry, require_chain
-from llamastate.log.store import Head, LogInfo, exists, first_facts, not_found, time_of
+from llamastate.log.store import Head, LogInfo, check_limit, exists, first_facts, not_found, time_of
 from llamastate.names import check_name
 
 __all__ = ["MemoryLogStore"]
@@ -58,7 +58,7 @@ class MemoryLogStore:
     def read(self, session_id: str, start: int = 0, stop: int | None = None) -> list[StoredEntry]:
         """Entries (:meth:`LogStore.read`)."""
         with self._lock:
-            return self._log(session_id)[start:stop]
+            return self._log(session_id)[max(start, 0) : stop if stop is None else max(stop, 0)]
 
     def find(self, session_id: str, entry_hash: str) -> int | None:
         """Where an entry is (:meth:`LogStore.find`)."""
@@ -67,6 +67,7 @@ class MemoryLogStore:
 
     def sessions(self, *, limit: int | None = None, before: str | None = None) -> list[LogInfo]:
         """Sessions, newest first (:meth:`LogStore.sessions`)."""
+        limit = check_limit(limit)
         with self._lock:
             self._check_open()
             ids = iter(reversed(self._logs))

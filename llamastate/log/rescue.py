@@ -67,7 +67,7 @@ def salvage(path: str | os.PathLike[str]) -> Iterator[bytes]:
         check_header(name)
     except BadMagicError:
         whole = False  # also what a lost first page looks like
-    pages = _Pages(data, _wal(name))
+    pages = _Pages(data, _wal(os.path.realpath(name)))
     names: dict[int, str] = {}
     places: dict[int, tuple[int, int]] = {}
     for number in pages:

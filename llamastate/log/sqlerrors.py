@@ -11,6 +11,7 @@ from llamastate.errors import (
     ClosedError,
     CorruptStateError,
     FileAccessError,
+    InvalidArgumentError,
     LlamaStateError,
     SaveError,
     StoreFullError,
@@ -20,7 +21,7 @@ from llamastate.errors import (
 __all__ = ["BUSY", "code_of", "translated"]
 
 # Primary result codes (https://sqlite.org/rescode.html). The module has names for them only since Python 3.11.
-BUSY, _LOCKED, _READONLY, _IOERR, _CORRUPT, _FULL, _CANTOPEN, _NOTADB = 5, 6, 8, 10, 11, 13, 14, 26
+BUSY, _LOCKED, _READONLY, _IOERR, _CORRUPT, _FULL, _CANTOPEN, _TOOBIG, _NOTADB = 5, 6, 8, 10, 11, 13, 14, 18, 26
 #: For Python 3.10, which tells no code: what the messages begin with or contain.
 _MESSAGES = (
     ("locked", BUSY),
@@ -30,6 +31,7 @@ _MESSAGES = (
     ("is full", _FULL),
     ("unable to open", _CANTOPEN),
     ("not a database", _NOTADB),
+    ("too big", _TOOBIG),
 )
 
 
@@ -60,6 +62,8 @@ def _translate(error: BaseException, path: str) -> LlamaStateError:
         return StoreLockedError(f"{path!r} is held by another process", path=path)
     if code == _FULL:
         return StoreFullError(f"there is no room for {path!r} to grow: {reason}", path=path)
+    if code == _TOOBIG or isinstance(error, OverflowError):
+        return InvalidArgumentError(f"an entry is too large for SQLite: {reason}", name="entries", limit=reason)
     if code == _NOTADB:
         # the magic number of SQLite is 16 bytes of text; as a number it would tell nobody anything
         return BadMagicError(f"{path!r} is no store of logs: {reason}", path=path, reason=reason)

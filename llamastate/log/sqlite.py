@@ -22,11 +22,11 @@ from llamastate.errors import (
     StateFileNotFoundError,
     VersionMismatchError,
 )
-from llamastate.log.chaining import StoredEntry, require_chain
+from llamastate.log.chaining import StoredEntry, is_hash, require_chain
 from llamastate.log.entries import SessionOrigin
 from llamastate.log.memory import moved
 from llamastate.log.sqlerrors import BUSY, code_of, translated
-from llamastate.log.store import Head, LogInfo, exists, first_facts, not_found, time_of
+from llamastate.log.store import Head, LogInfo, check_limit, exists, first_facts, not_found, time_of
 from llamastate.names import check_name
 
 __all__ = ["SCHEMA_VERSION", "SQLiteLogStore"]
@@ -86,7 +86,8 @@ class SQLiteLogStore:
 
     Notes
     -----
-    Threads take turns. After ``os.fork`` the child opens the file anew.
+    Threads take turns. After ``os.fork`` the child opens the file anew; if another thread was writing at that moment,
+    SQLite lets the child read and not write (:class:`StoreLockedError`).
 
     Examples
     --------
@@ -143,9 +144,13 @@ class SQLiteLogStore:
             return connection
 
     def _connect(self, name: str, *, uri: bool = False) -> sqlite3.Connection:
-        return sqlite3.connect(
+        connection = sqlite3.connect(
             name, timeout=self._timeout, isolation_level=None, check_same_thread=False, cached_statements=64, uri=uri
         )
+        # Files come from anywhere (https://sqlite.org/security.html).
+        connection.execute("PRAGMA trusted_schema = OFF")
+        connection.execute("PRAGMA cell_size_check = ON")
+        return connection
 
     def _prepare(self, connection: sqlite3.Connection) -> None:
         if not self._is_ours(connection):
@@ -228,23 +233,30 @@ class SQLiteLogStore:
         """All or nothing (:meth:`LogStore.transaction`): one wait for the disk, or for others, instead of many."""
         with self._lock, translated(self.path):
             db = self._db()
-            begin, end, back = _INNER if self._depth else _OUTER
-            db.execute(begin)
-            self._depth += 1
+            depth = self._depth
+            begin, end, back = _INNER if depth else _OUTER
+            if self._spoilt is not None:
+                raise self._spoilt
             try:
+                self._depth = depth + 1
+                db.execute(begin)  # in here, for what Ctrl-C interrupts has to be ended too
                 yield
                 if self._spoilt is not None:
                     raise self._spoilt
                 db.execute(end)
-            except BaseException:
+            except BaseException as error:
                 self._spoilt = None
-                with contextlib.suppress(sqlite3.Error):  # a full disk can have ended it already
-                    db.execute(back)
-                    if begin is _INNER[0]:
+                try:
+                    if depth or db.in_transaction:
+                        db.execute(back)
+                    if depth:
                         db.execute(end)
+                except sqlite3.Error:
+                    # a full disk can make SQLite give up the whole transaction: then the outer blocks fail as well
+                    self._spoilt = error if depth else None
                 raise
             finally:
-                self._depth -= 1
+                self._depth = depth
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[sqlite3.Connection]:
@@ -259,6 +271,8 @@ class SQLiteLogStore:
                     yield self._db()
                 return
             with translated(self.path):
+                if self._spoilt is not None:
+                    raise self._spoilt
                 try:
                     yield self._db()
                 except LlamaStateError:
@@ -293,6 +307,8 @@ class SQLiteLogStore:
             self.head(session_id)
             return
         with self._writing() as db:
+            if not _is_text(session_id):
+                raise not_found(session_id)
             row = db.execute("SELECT n, n_entries, head FROM sessions WHERE id = ?", (session_id,)).fetchone()
             if row is None:
                 raise not_found(session_id)
@@ -318,7 +334,7 @@ class SQLiteLogStore:
             return self._db().execute(statement, parameters).fetchall()
 
     def _session(self, session_id: str, columns: str = "n") -> tuple[Any, ...]:
-        if not isinstance(session_id, str):
+        if not _is_text(session_id):
             raise not_found(session_id)
         rows = self._rows(f"SELECT {columns} FROM sessions WHERE id = ?", (session_id,))
         if not rows:
@@ -362,27 +378,43 @@ class SQLiteLogStore:
     def find(self, session_id: str, entry_hash: str) -> int | None:
         """Where an entry is (:meth:`LogStore.find`)."""
         (n,) = self._session(session_id)
-        try:
-            blob = bytes.fromhex(entry_hash)
-        except (ValueError, TypeError):
+        if not is_hash(entry_hash):
             return None
         rows = self._rows(
             "SELECT place FROM entries WHERE place >= ? AND place < ? AND hash = ? LIMIT 1",
-            (n * ROOM, (n + 1) * ROOM, blob),
+            (n * ROOM, (n + 1) * ROOM, bytes.fromhex(entry_hash)),
         )
         return rows[0][0] - n * ROOM if rows else None
 
     def sessions(self, *, limit: int | None = None, before: str | None = None) -> list[LogInfo]:
         """Sessions, newest first (:meth:`LogStore.sessions`)."""
+        limit = check_limit(limit)
         top = 2**63 - 1 if before is None else self._session(before)[0]
         rows = self._rows(
             f"SELECT {_INFO} FROM sessions WHERE n < ? ORDER BY n DESC LIMIT ?", (top, -1 if limit is None else limit)
         )
-        return [_info(row) for row in rows]
+        return [self._info(row) for row in rows]
 
     def info(self, session_id: str) -> LogInfo:
         """What is known of a session (:meth:`LogStore.info`)."""
-        return _info(self._session(session_id, _INFO))
+        return self._info(self._session(session_id, _INFO))
+
+    def _info(self, row: Any) -> LogInfo:
+        session_id, n_entries, head, created, updated, relation, origin_id, origin_hash = row
+        kinds = [type(value) for value in row]
+        if (
+            kinds[:5] != [str, int, bytes, int, int]
+            or relation not in (None, "fork", "compact")
+            or kinds[6:] != ([type(None)] * 2 if relation is None else [str] * 2)
+        ):
+            raise CorruptStateError(
+                f"{self.path!r} is damaged: what it says of session {session_id!r:.60} makes no sense",
+                path=self.path,
+                reason="no session",
+                section="sessions",
+            )
+        origin = None if relation is None else SessionOrigin(origin_id, origin_hash)
+        return LogInfo(session_id, self._whole(n_entries), head.hex(), created, updated, relation, origin)
 
     # --- the end ------------------------------------------------------------------------------------------------------
 
@@ -476,7 +508,9 @@ def _hex(value: Any) -> str:
     return value.hex() if isinstance(value, bytes) else f"not a hash: {value!r:.40}"
 
 
-def _info(row: Any) -> LogInfo:
-    session_id, n_entries, head, created, updated, relation, origin_id, origin_hash = row
-    origin = None if origin_id is None else SessionOrigin(origin_id, origin_hash)
-    return LogInfo(session_id, n_entries, _hex(head), created, updated, relation, origin)
+def _is_text(value: object) -> bool:
+    """Whether it is text that can be in a database: half a character cannot."""
+    try:
+        return isinstance(value, str) and value.encode() is not None
+    except UnicodeEncodeError:
+        return False

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import msgspec
 
+from llamastate.arrays import as_index
 from llamastate.errors import InvalidArgumentError, SessionExistsError, SessionNotFoundError
 from llamastate.log.chaining import StoredEntry
 from llamastate.log.entries import SessionOrigin, SessionStart
@@ -128,7 +129,7 @@ class LogStore(Protocol):
         Parameters
         ----------
         limit : int, optional
-            At most so many.
+            At most so many, 0 or more.
         before : str, optional
             Only those that were added before this one: the id of the last of a page gives the next.
 
@@ -199,6 +200,16 @@ def first_facts(entries: Sequence[StoredEntry]) -> tuple[str | None, SessionOrig
 def time_of(stored: StoredEntry) -> int:
     """The time of an entry in milliseconds, within what an integer of 64 bits holds."""
     return max(-(2**63), min(2**63 - 1, stored.entry.ts))
+
+
+def check_limit(limit: object) -> int | None:
+    """A number of sessions, or None for all."""
+    if limit is None:
+        return None
+    number = as_index(limit, "limit", InvalidArgumentError)
+    if number < 0:
+        raise InvalidArgumentError(f"limit = {number} is negative", name="limit", value=number, limit=0)
+    return min(number, 2**62)
 
 
 def not_found(session_id: object) -> SessionNotFoundError:

@@ -56,19 +56,22 @@ def forest(store: LogStore, session_id: str | None = None) -> list[Branch]:
     SessionNotFoundError
     """
     infos = {info.id: info for info in reversed(store.sessions())}
+    order = {name: i for i, name in enumerate(infos)}
     children: dict[str, list[LogInfo]] = {}
     roots = []
     for info in infos.values():
         # An origin is always older. What was imported can name one that came later; it must not become a circle.
-        if info.origin is not None and info.origin.session_id in infos and not _circular(info, infos):
+        at = order.get(info.origin.session_id) if info.origin is not None else None
+        if info.origin is not None and at is not None and (at < order[info.id] or not _circular(info, infos)):
             children.setdefault(info.origin.session_id, []).append(info)
         else:
             roots.append(info)
     if session_id is not None:
-        at = store.info(session_id)
-        while at.origin is not None and at not in roots and at.origin.session_id in infos:
-            at = infos[at.origin.session_id]
-        roots = [at]
+        top = store.info(session_id)
+        starts = {root.id for root in roots}
+        while top.origin is not None and top.id not in starts and top.origin.session_id in infos:
+            top = infos[top.origin.session_id]
+        roots = [top]
     return [_branch(store, root, children) for root in roots]
 
 
