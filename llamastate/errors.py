@@ -150,7 +150,7 @@ class ContextCreateError(LlamaStateError, RuntimeError):
 
 
 class ClosedError(LlamaStateError, ValueError):
-    """A model, context or sampler was used after it had been closed."""
+    """A model, context, sampler, session or store was used after it had been closed."""
 
     fields: ClassVar[tuple[str, ...]] = ("what",)
     what: str | None

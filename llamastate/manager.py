@@ -83,10 +83,10 @@ class SessionManager(Closing):
     normalised to NFC, and two that differ in case only cannot both be there.
 
     A name is locked by a process from :meth:`create`, :meth:`load` or :meth:`load_or_create` until every session that
-    came from there is gone (garbage-collected), :meth:`release` or :meth:`close` is called, or the process ends,
-    however it ends. :meth:`save` and :meth:`delete` of a name that is not held lock it while they run. :meth:`list`,
-    :meth:`checkpoints` and :meth:`open` lock nothing: files are replaced as a whole, and a reader keeps the one that it
-    has opened. Within a process all managers share what it holds: one saved session can be loaded into many sequences.
+    came from there is closed or gone (garbage-collected), :meth:`release` or :meth:`close` is called, or the process
+    ends, however it ends. :meth:`save` and :meth:`delete` of a name that is not held lock it while they run.
+    :meth:`list`, :meth:`checkpoints` and :meth:`open` lock nothing: files are replaced as a whole, and a reader keeps
+    the one that it has opened. Within a process all managers share what it holds: one saved session can be loaded into many sequences.
     In a folder that cannot be written sessions can be loaded all the same. Locks are ``flock`` s: on a network file
     system they are as good as its own.
 
@@ -446,7 +446,9 @@ class SessionManager(Closing):
     def _check_out(self, name: str, session: Session, held: Held) -> Session:
         again = namelocks.acquire(held.path, name=name)  # this process has it: only counts
         out = [drop for drop in self._out.get(name, ()) if drop.alive]
-        self._out[name] = [*out, weakref.finalize(session, namelocks.drop, again)]
+        drop = weakref.finalize(session, namelocks.drop, again)
+        self._out[name] = [*out, drop]
+        session._at_close.append(drop)
         return session
 
     def _remove_litter(self) -> None:

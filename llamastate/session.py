@@ -70,6 +70,9 @@ class Session(SessionGeneration):
     -----
     After every call the sequence holds exactly :attr:`tokens`, also after a call that failed. Threads take turns.
 
+    :meth:`close`, or the end of a ``with`` block, empties the sequence. A session that is only forgotten leaves it as
+    it is.
+
     A store that fails costs time only: the error is logged (``llamastate.session``) and kept in ``store_error``.
 
     Examples
@@ -407,7 +410,7 @@ class Session(SessionGeneration):
         InvalidSequenceError
             It is not empty, or does not exist.
         """
-        with self._lock, self.ctx._handle:
+        with self._long_turn():
             self._check_step()
             if self.ctx.seq_pos_max(dest_seq_id) >= 0:
                 raise InvalidSequenceError(

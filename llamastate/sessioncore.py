@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -14,6 +14,7 @@ import numpy.typing as npt
 from llamastate._native import decode as native_decode
 from llamastate.arrays import Int32Array, TokensLike, as_index, as_tokens
 from llamastate.errors import (
+    ClosedError,
     InvalidArgumentError,
     InvalidSequenceError,
     LlamaStateError,
@@ -24,6 +25,7 @@ from llamastate.errors import (
 from llamastate.exactness import can_trim
 from llamastate.flags import SeqFlags
 from llamastate.history import Checkpoint, History, Plan
+from llamastate.lifetimes import Closing
 from llamastate.restore import cells_of_others, empty_sequence, put_own
 from llamastate.state import StateAPI
 
@@ -41,7 +43,7 @@ class Kept(NamedTuple):
     logits: npt.NDArray[np.float32] | None
 
 
-class SessionCore:
+class SessionCore(Closing):
     """Tokens, checkpoints and logits of one sequence, and the steps that change them. Not made directly."""
 
     def __init__(
@@ -59,6 +61,9 @@ class SessionCore:
         self.seq_id = as_index(seq_id, "seq_id", InvalidSequenceError)
         self._every = count("checkpoint_every", checkpoint_every)
         self._lock = threading.RLock()
+        #: What else ends with the session.
+        self._at_close: list[Callable[[], object]] = []
+        self._closed = False
         self._tokens = as_tokens(tokens, ctx.model.n_vocab)
         self._logits = np.empty(ctx.model.n_vocab, np.float32)
         self._has_logits = False
@@ -85,7 +90,42 @@ class SessionCore:
         """
         handle = self.ctx._handle
         with self._lock, handle if handle.raise_if_busy else contextlib.nullcontext():
+            self._check_open()
             yield
+
+    @contextlib.contextmanager
+    def _long_turn(self) -> Iterator[None]:
+        """The same, with nobody else in the context meanwhile."""
+        with self._lock, self.ctx._handle:
+            self._check_open()
+            yield
+
+    @property
+    def closed(self) -> bool:
+        """Whether the sequence has been given back."""
+        return self._closed
+
+    def close(self) -> None:
+        """Empty the sequence, so that it is free for others, and let the checkpoints go. Idempotent.
+
+        A sequence that somebody else has begun to use is left alone. The context stays open.
+        """
+        with self._lock:
+            if self._closed:
+                return
+            with contextlib.suppress(ClosedError), self.ctx._handle:
+                if self.ctx.seq_pos_max(self.seq_id) + 1 == self.n_past:
+                    self.ctx.seq_rm(self.seq_id)
+            self._closed = True
+            self._tokens, self._has_logits = self._tokens[:0], False
+            self._redo.clear()
+            self._history.replace([])
+            while self._at_close:
+                self._at_close.pop()()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError("the session is closed", what="session")
 
     def _hint(self) -> str:
         """What to do about a sequence in use, for whoever begins a session there."""

@@ -244,7 +244,7 @@ class SessionIO(SessionStore):
         SaveError
             The old file, if any, is as it was.
         """
-        with self._lock, self.ctx._handle:
+        with self._long_turn():
             self._check_step()
             return sessionfiles.save_file(self.ctx, path, self.seq_id, self._tokens, format)
 

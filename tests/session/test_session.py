@@ -11,6 +11,7 @@ import pytest
 
 from llamastate import Context, Model, Sampler
 from llamastate.errors import (
+    ClosedError,
     FingerprintMismatchError,
     HistoryError,
     InvalidArgumentError,
@@ -355,3 +356,45 @@ class TestTextStream:
         assert stream.push(b"b>") == "</b>"
         assert stream.push(b"</") == ""
         assert stream.finish() == "</"
+
+
+def test_close_gives_the_sequence_back() -> None:
+    with context("jamba", n_seq_max=2) as ctx:
+        with Session(ctx) as session:
+            session.feed(tokens(20))
+            session.checkpoint()
+            other = session.branch(1)
+        session.close()
+        assert session.closed
+        assert (ctx.seq_pos_max(0), session.n_past, session.history.nbytes) == (-1, 0, 0)
+        for attempt in (
+            lambda: session.feed([1]),
+            lambda: session.sync([1]),
+            lambda: session.generate(1),
+            session.checkpoint,
+            session.undo,
+            session.redo,
+            lambda: session.rollback(0),
+            lambda: session.branch(0),
+            session.snapshot,
+            lambda: session.export_file("x"),
+            lambda: session.logits,
+        ):
+            with pytest.raises(ClosedError) as caught:
+                attempt()
+            assert caught.value.what == "session"
+        assert_same_logits(other.logits, fresh("jamba", other.tokens))
+
+
+def test_close_leaves_what_is_not_its_own() -> None:
+    with context("dense") as ctx:
+        old = Session(ctx)
+        old.feed([1, 2, 3])
+        ctx.seq_rm(0)
+        new = Session(ctx)
+        new.feed([4])
+        old.close()
+        assert ctx.seq_pos_max(0) == 0
+        last = Session(ctx, tokens=[4])
+    last.close()
+    assert last.closed
