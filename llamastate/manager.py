@@ -86,9 +86,9 @@ class SessionManager(Closing):
     came from there is closed or gone (garbage-collected), :meth:`release` or :meth:`close` is called, or the process
     ends, however it ends. :meth:`save` and :meth:`delete` of a name that is not held lock it while they run.
     :meth:`list`, :meth:`checkpoints` and :meth:`open` lock nothing: files are replaced as a whole, and a reader keeps
-    the one that it has opened. Within a process all managers share what it holds: one saved session can be loaded into many sequences.
-    In a folder that cannot be written sessions can be loaded all the same. Locks are ``flock`` s: on a network file
-    system they are as good as its own.
+    the one that it has opened. Within a process all managers share what it holds: one saved session can be loaded into
+    many sequences. In a folder that cannot be written sessions can be loaded all the same. Locks are ``flock`` s: on a
+    network file system they are as good as its own.
 
     What saves that were killed have left behind is removed when a manager is made; files of living processes are not.
 
