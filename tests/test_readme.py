@@ -1,4 +1,4 @@
-"""The README's examples run as they stand."""
+"""The examples of the README and of docs/ run as they stand."""
 
 from __future__ import annotations
 
@@ -12,16 +12,22 @@ import pytest
 from tests import models
 
 ROOT = Path(__file__).resolve().parent.parent
-EXAMPLES = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+EXAMPLES = {
+    f"{page.stem}-{number}": code
+    for page in PAGES
+    for number, code in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL))
+}
 
 
 def test_there_are_some():
-    assert len(EXAMPLES) >= 3
+    assert sum(name.startswith("README") for name in EXAMPLES) >= 3
+    assert sum(name.startswith("log") for name in EXAMPLES) >= 5
 
 
-@pytest.mark.parametrize("number", range(len(EXAMPLES)))
-def test_example(number, tmp_path):
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_example(name, tmp_path):
     (tmp_path / ".models").symlink_to(models.smollm2().parent)
-    command = [sys.executable, "-c", EXAMPLES[number]]
+    command = [sys.executable, "-c", EXAMPLES[name]]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
     assert (done.returncode, done.stderr) == (0, "")
