@@ -123,8 +123,12 @@ class Scheduler:
             return []
         actions: list[Action] = []
         keep = self._worth_keeping(job) if self.rules.fork_anywhere and job.share else 0
-        if keep and (kept := self._keep(job, keep, actions)) is not None:
-            self._hand_over(job, kept)
+        if keep:
+            wanted = self.tree.match(job.tokens, Colour.WAITING) >= keep or any(
+                other.source is job for other in self.running.values()
+            )
+            if (kept := self._keep(job, keep, actions, wanted=wanted)) is not None:
+                self._hand_over(job, kept)
         self._vacate(job)
         actions.append(Drop(job.seq))
         return actions
@@ -343,9 +347,12 @@ class Scheduler:
             if n == job.n_prompt and not job.prompt_done:
                 continue
             job.stops = job.stops[bisect_right(job.stops, job.held) :]
-            if n == job.held and any(self._on_grid(b) == n for b in self.tree.branches(job.tokens, Colour.WAITING)):
+            if n != job.held or any(k.held == n == common_prefix(k.tokens, job.tokens) for k in self.kept.values()):
+                continue
+            wanted = any(self._on_grid(b) == n for b in self.tree.branches(job.tokens, Colour.WAITING))
+            if wanted or n < job.n_prompt:
                 actions: list[Action] = []
-                self._keep(job, n, actions)
+                self._keep(job, n, actions, wanted=wanted)
                 yield from actions
 
     def _worth_keeping(self, job: Job) -> int:
@@ -362,11 +369,11 @@ class Scheduler:
                 return 0
         return n
 
-    def _keep(self, source: Job, n: int, actions: list[Action]) -> Kept | None:
-        """Put the first ``n`` tokens of a sequence aside."""
+    def _keep(self, source: Job, n: int, actions: list[Action], *, wanted: bool) -> Kept | None:
+        """Put the first ``n`` tokens of a sequence aside; ``wanted`` if somebody waits for them."""
         if not self._free_spare:
             least = self._least_wanted(None)
-            if least is None:
+            if least is None or (self._wanted(least) and not wanted):
                 return None
             actions.append(self._let_go(least))
         kept = Kept(self._new_key(), heapq.heappop(self._free_spare), source.tokens[:n], self._tick)

@@ -1,4 +1,4 @@
-"""The scheduler on a simulated context: nothing is forked, parked or dropped that would not be exact, nobody starves."""
+"""The scheduler on a simulated context: only what is exact is forked, parked or dropped, and nobody starves."""
 
 from __future__ import annotations
 
@@ -171,7 +171,7 @@ def test_the_store_is_asked_where_nobody_has_more(anywhere):
     sim = Simulation(rules(fork_anywhere=anywhere), stored=stored)
     shared = text(0, 100)
     jobs = [sim.add(shared + text(i + 1, 5), 2) for i in range(6)]
-    stored.update({job: 96 for job in jobs})
+    stored.update(dict.fromkeys(jobs, 96))
     sim.run()
     if anywhere:
         assert sim.loaded == 96  # once: the others take it from the first
