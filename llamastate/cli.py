@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from datetime import datetime, timezone
 from typing import Any
 
-from llamastate import __version__, layout, logcli, snapfile, storecli
+from llamastate import __version__, batchcli, layout, logcli, snapfile, storecli
 from llamastate.clitext import age, print_table, size
 from llamastate.errors import BadMagicError, CorruptStateError, LlamaStateError, MediaTokensError
 from llamastate.layout.infer import identify
@@ -63,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
         prog="llamastate",
-        description="Look into saved states of llama.cpp models. No model is loaded.",
+        description="Look into saved states of llama.cpp models, and run batches. Only run-batch loads a model.",
         epilog=_EPILOG,
         formatter_class=form,
     )
@@ -98,6 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     sessions.set_defaults(run=_sessions)
     logcli.add_commands(commands, _EPILOG, form)
     storecli.add_commands(commands, _EPILOG, form)
+    batchcli.add_commands(commands, form)
     return parser
 
 

@@ -1,16 +1,27 @@
 """Many prompts through one model: batched, with what they share computed once."""
 
+from llamastate.batch.openai import Defaults
+from llamastate.batch.pipeline import BatchSummary, run_batch
+from llamastate.batch.progress import Progress, ProgressBar
 from llamastate.batch.request import Embedding, Malformed, Output, Request, Result, Times, TokenLogprob
 from llamastate.batch.runner import BatchRunner, BatchStats
+from llamastate.batch.tables import run_rows, run_table
 
 __all__ = [
     "BatchRunner",
     "BatchStats",
+    "BatchSummary",
+    "Defaults",
     "Embedding",
     "Malformed",
     "Output",
+    "Progress",
+    "ProgressBar",
     "Request",
     "Result",
     "Times",
     "TokenLogprob",
+    "run_batch",
+    "run_rows",
+    "run_table",
 ]

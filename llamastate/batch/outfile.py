@@ -77,7 +77,7 @@ class OutputFile:
         #: Absolute, links followed.
         self.path = os.path.realpath(os.fspath(path))
         #: Results in it.
-        self.n_found = self.n_written = 0
+        self.n_found = self.n_failed_found = self.n_written = 0
         self._end = 0  # of the last whole line
         self._interval = interval
         self._fd = -1
@@ -153,7 +153,7 @@ class OutputFile:
         CorruptStateError, OutputMovedError
             As :meth:`records`.
         """
-        dropped = self.n_found = 0
+        dropped = self.n_found = self.n_failed_found = 0
         for record, _ in self.records():
             if on_change == "error":
                 self.journal.require_run(record.key.run, self.path)
@@ -163,6 +163,7 @@ class OutputFile:
                 dropped += 1
             else:
                 self.n_found += 1
+                self.n_failed_found += record.failed
         return dropped
 
     def open(self, keep: Callable[[Record], bool] | None, *, anew: bool = False, **facts: Any) -> None:

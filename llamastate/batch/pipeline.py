@@ -33,7 +33,7 @@ from llamastate.errors import (
 )
 from llamastate.words import brief
 
-__all__ = ["BatchSummary", "Runner", "run_batch"]
+__all__ = ["BatchSummary", "Runner", "check_input", "run_batch"]
 
 #: Names that an error about changed bodies tells, of any number.
 _TELL = 8
@@ -43,6 +43,7 @@ class Runner(Protocol):
     """What :func:`run_batch` needs of :class:`~llamastate.batch.BatchRunner`."""
 
     model: Any
+    ctx: Any
 
     def run(self, requests: Iterable[Request]) -> Iterator[Result]:
         """Read requests as there is room for them; give their results as they are ready."""
@@ -62,6 +63,8 @@ class BatchSummary:
         Results that this run wrote; ``failed`` are errors.
     skipped : int
         Lines whose results were there already.
+    errors_before : int
+        Results that were there already and are errors.
     stopped : str or None
         The signal that ended the run before its time; "stop" for :meth:`Runner.stop`.
     unfinished : int
@@ -77,6 +80,7 @@ class BatchSummary:
     completed: int
     failed: int
     skipped: int
+    errors_before: int
     stopped: str | None
     unfinished: int
     prompt_tokens: int
@@ -183,19 +187,29 @@ def run_batch(
     if (model is None) == (runner is None):
         raise InvalidArgumentError("give a model or a runner, one of them", name="runner", value=runner)
     defaults = defaults or Defaults()
-    source = _Source(input)
+    source = input if isinstance(input, Source) else Source(input)
     with contextlib.ExitStack() as stack:
         if runner is None:
             runner = stack.enter_context(_make_runner(model, options))
         elif options:
             name = min(options)
             raise InvalidArgumentError(f"{name} is for a runner that is made here", name=name, value=options[name])
-        facts = {**_facts(runner), "seed": defaults.seed, "temperature": defaults.temperature,
-                 "max_tokens": defaults.max_tokens}  # fmt: skip
-        names = Names(model_name or _model_name(runner.model), _piece(runner.model))
+        facts, names = facts_of(runner, defaults), names_of(runner, model_name)
         run = _Run(source, open_output(output, facts, interval=sync_seconds), runner, facts, defaults)
         run.names, run.on_progress, run.on_result = names, on_progress, on_result
         return run.go(resume=resume, retry_errors=retry_errors, on_change=on_change, handle_signals=handle_signals)
+
+
+def check_input(input: Any) -> None:  # noqa: A002
+    """Find out whether there is an input at all, before anything is loaded for it.
+
+    Raises
+    ------
+    StateFileNotFoundError, FileAccessError
+    """
+    source = Source(input)
+    if source.again:
+        source._open().close()
 
 
 def _make_runner(model: Any, options: dict[str, Any]) -> Any:
@@ -211,26 +225,24 @@ def _make_runner(model: Any, options: dict[str, Any]) -> Any:
     return made()
 
 
-def _facts(runner: Any) -> dict[str, Any]:
-    """What decides results, of the model and the runner; not how many requests run at once."""
+def facts_of(runner: Any, defaults: Defaults) -> dict[str, Any]:
+    """What decides results, of the model, the runner and the defaults; not how many requests run at once."""
+    facts: dict[str, Any] = {"format": 1, **runner.ctx.fingerprint.to_dict()}
+    facts["fingerprint"] = facts.pop("version")
+    return {**facts, **asdict(defaults)}
+
+
+def names_of(runner: Any, model_name: str | None) -> Names:
+    """What responses are told by."""
     model = runner.model
-    facts: dict[str, Any] = {"format": 1, "model": model.identity.digest, "architecture": model.arch}
-    facts.update(getattr(runner, "facts", None) or {})
-    return facts
-
-
-def _model_name(model: Any) -> str:
-    return os.path.basename(model.path) if model.path else str(model.desc)
-
-
-def _piece(model: Any) -> Callable[[int], bytes]:
-    return lambda token: bytes(model.token_to_piece(token, special=True))
+    name = model_name or (os.path.basename(model.path) if model.path else str(model.desc))
+    return Names(name, lambda token: bytes(model.token_to_piece(token, special=True)))
 
 
 # --- input ------------------------------------------------------------------------------------------------------------
 
 
-class _Source:
+class Source:
     """Lines, read as they are asked for. What is a file can be read again."""
 
     def __init__(self, given: Any) -> None:
@@ -327,7 +339,7 @@ def _unreadable(path: str, error: Exception) -> FileAccessError:
 # --- the run ----------------------------------------------------------------------------------------------------------
 
 
-class _Pending:
+class Pending:
     """A line that is being answered."""
 
     __slots__ = ("error", "key", "left", "query", "results")
@@ -338,6 +350,43 @@ class _Pending:
         self.left = len(query)
         self.error: LlamaStateError | None = None
 
+    def put(self, i: int, result: Result) -> bool:
+        """Take one of its results; whether it was the last."""
+        self.results[i] = result
+        self.left -= 1
+        if self.error is None:
+            self.error = result.error
+        return not self.left
+
+
+class Placing:
+    """The lines of an input, each with the name that its result goes by."""
+
+    def __init__(self, source: Source, index: Index | None = None) -> None:
+        self._source = source
+        self._index = index or Index()
+
+    def lines(self) -> Iterator[tuple[Line, bytes]]:
+        """All of them, once."""
+        index = self._index
+        for number, raw in self._source.lines():
+            line = read_line(raw, number)
+            if line.custom_id is not None:
+                name = name_of(line.custom_id, "")
+                if not index.see(name):
+                    yield line, name
+                    continue
+                line = _repeated(line, raw)
+            # what it says is all that tells such a line from others, and a count where they say the same
+            n = index.see(name_of(None, line.digest.hex()))
+            if n:
+                line = replace(line, digest=_digest(b"%d " % n + line.digest))
+            yield line, name_of(None, key_of(line, "").body)
+
+    def close(self) -> None:
+        """Let go of what it has counted."""
+        self._index.close()
+
 
 class _Run:
     names: Names
@@ -346,7 +395,7 @@ class _Run:
 
     def __init__(
         self,
-        source: _Source,
+        source: Source,
         output: OutputFile | StreamOutput,
         runner: Runner,
         facts: Mapping[str, Any],
@@ -406,8 +455,8 @@ class _Run:
         """Look for requests that are not what was answered under their names; forget those answers."""
         changed: list[str] = []
         count = 0
-        with contextlib.closing(Index()) as seen:
-            for line, name in self.placed(seen):
+        with contextlib.closing(Placing(self.source)) as placing:
+            for line, name in placing.lines():
                 key = self.index.get(name)
                 if key is not None and key.body != key_of(line, self.run).body:
                     count += 1
@@ -419,28 +468,12 @@ class _Run:
             raise _changed(output.path, changed, count)
         return count
 
-    def placed(self, index: Index) -> Iterator[tuple[Line, bytes]]:
-        """The lines of the input, each with the name that its result goes by."""
-        for number, raw in self.source.lines():
-            line = read_line(raw, number)
-            if line.custom_id is not None:
-                name = name_of(line.custom_id, "")
-                if not index.see(name):
-                    yield line, name
-                    continue
-                line = _repeated(line, raw)
-            # what it says is all that tells such a line from others, and a count where they say the same
-            n = index.see(name_of(None, line.digest.hex()))
-            if n:
-                line = replace(line, digest=_digest(b"%d " % n + line.digest))
-            yield line, name_of(None, key_of(line, "").body)
-
     # --- one line after the other -------------------------------------------------------------------------------------
 
     def requests(self) -> Iterator[Request]:
         """What the runner reads."""
         try:
-            for line, name in self.placed(self.index):
+            for line, name in Placing(self.source, self.index).lines():
                 if self.stopped is not None:
                     return
                 self.progress.read += 1
@@ -458,7 +491,7 @@ class _Run:
                     self.write(error_line(key.id, line, error), failed=True)
                     continue
                 self.unfinished += 1
-                yield from query.requests(_Pending(key.id, query))
+                yield from query.requests(Pending(key.id, query))
         except LlamaStateError as error:
             # a runner takes what its source raises for an error of one request
             self.failure = error
@@ -481,11 +514,7 @@ class _Run:
         pending, i = result.meta
         if self.on_result is not None:
             self.on_result(result)
-        pending.results[i] = result
-        pending.left -= 1
-        if pending.error is None:
-            pending.error = result.error
-        if pending.left:
+        if not pending.put(i, result):
             return
         self.unfinished -= 1
         progress = self.progress
@@ -538,6 +567,7 @@ class _Run:
             completed=p.done - p.failed,
             failed=p.failed,
             skipped=p.skipped,
+            errors_before=getattr(self.output, "n_failed_found", 0),
             stopped=self.stopped,
             unfinished=self.unfinished,
             prompt_tokens=p.prompt_tokens,

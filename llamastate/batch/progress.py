@@ -70,15 +70,15 @@ class ProgressBar:
                 total=progress.total, unit="req", file=self._file, disable=None, dynamic_ncols=True,
                 initial=progress.skipped, smoothing=0.05,
             )  # fmt: skip
+        if self._bar.disable:
+            return
         # those skipped took no time: they are no part of the rate
-        moved = progress.done + progress.skipped - self._bar.n
-        if progress.skipped > self._bar.initial:
-            self._bar.initial = progress.skipped
+        self._bar.initial = progress.skipped
         shown = f"{progress.tokens_per_second:.0f} tok/s, {progress.hit_rate:.0%} shared"
         if progress.failed:
             shown += f", {progress.failed} failed"
         self._bar.set_postfix_str(shown, refresh=False)
-        self._bar.update(moved)
+        self._bar.update(progress.done + progress.skipped - self._bar.n)
 
     def close(self) -> None:
         """Leave the line as it is. Idempotent."""
