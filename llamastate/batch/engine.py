@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llamastate.arrays import Int32Array
+from llamastate.batch.embedder import Embedder
 from llamastate.batch.jobs import Action, Begin, Copy, Drop, Fork, Job, Load, Park, Phase, Row, Rules
 from llamastate.batch.parking import Parking
 from llamastate.batch.request import FinishReason, Request, Result
@@ -62,6 +63,8 @@ class Engine:
         self.tickets: dict[int, Ticket] = {}
         self.scheduler = Scheduler(rules, None if store is None else self._lookup)
         self.pieces = Pieces(ctx.model)
+        #: Made when the first request asks for it.
+        self.embedder: Embedder | None = None
         self._parking = parking
         self._store = store
         self._n_puts = 0
@@ -83,6 +86,11 @@ class Engine:
             Something is wrong with it, or it can never fit.
         """
         ticket = Ticket(request, self.model, self.pieces, since)
+        if request.kind == "embed":
+            if self.embedder is None:
+                self.embedder = Embedder(self.model, self.ctx.n_threads)
+            self.embedder.add(ticket)
+            return ticket
         n = len(ticket.tokens)
         if not self.scheduler.fits(n, request.max_tokens):
             limit = self.rules.max_tokens
@@ -100,19 +108,54 @@ class Engine:
     @property
     def idle(self) -> bool:
         """Whether there is nothing to do."""
-        return self.scheduler.idle
+        return self.scheduler.idle and not self._n_embeds
+
+    @property
+    def n_waiting(self) -> int:
+        """Requests, and twins of theirs, that have not begun."""
+        return len(self.scheduler.waiting) + self._n_embeds
+
+    @property
+    def _n_embeds(self) -> int:
+        return 0 if self.embedder is None else len(self.embedder.queue)
 
     def abandon(self) -> list[Ticket]:
         """Give up everything that is not done; what that was, in the order in which it came."""
         left = list(self.tickets.values())
         for ticket in left:
             self._clear(ticket)
-        return left
+        return left if self.embedder is None else left + self.embedder.clear()
+
+    def close(self) -> None:
+        """Free the contexts. Idempotent."""
+        self.ctx.close()
+        if self.embedder is not None:
+            self.embedder.close()
 
     # --- one step -----------------------------------------------------------------------------------------------------
 
     def step(self) -> list[tuple[Ticket, Result]]:
         """Plan, decode, sample; the results that have come of it."""
+        if self._n_embeds:
+            self._embed()
+        if not self.scheduler.idle:
+            self._generate()
+        results, self._results = self._results, []
+        return results
+
+    def _embed(self) -> None:
+        assert self.embedder is not None
+        for ticket, found in self.embedder.step():
+            self._start(ticket)
+            if isinstance(found, LlamaStateError):
+                self.counts.failed += 1
+                self._results.append((ticket, ticket.result(error=found)))
+            else:
+                self.counts.done += 1
+                self.counts.prompt_tokens += len(ticket.tokens)
+                self._results.append((ticket, ticket.result(embedding=found)))
+
+    def _generate(self) -> None:
         counts = self.counts
         started = time.perf_counter()
         before = counts.store_seconds + counts.sample_seconds
@@ -135,8 +178,6 @@ class Engine:
                 counts.sample_seconds += time.perf_counter() - decoded - (counts.store_seconds - before)
         else:
             counts.schedule_seconds += time.perf_counter() - started - spent
-        results, self._results = self._results, []
-        return results
 
     def _fill(self, rows: list[Row]) -> list[int]:
         """Write a batch of these rows; for each of them where it ends."""
@@ -221,7 +262,7 @@ class Engine:
         try:
             if isinstance(action, Fork):
                 task = self._task(action.job)
-                self._start(task)
+                self._start(task.ticket)
                 ctx.seq_cp(action.seq, task.seq, 0, action.n)
                 self._note_cached(task, action.n)
             elif isinstance(action, Drop):
@@ -236,7 +277,7 @@ class Engine:
                 self._choose(task, task.ticket.logits)
             elif isinstance(action, Load):
                 task = self._task(action.job)
-                self._start(task)
+                self._start(task.ticket)
                 self._load(task, action.n)
             elif isinstance(action, Park):
                 self._parking.put(ctx, self._task(action.job))
@@ -253,8 +294,7 @@ class Engine:
         assert isinstance(job, Task)
         return job
 
-    def _start(self, task: Task) -> None:
-        ticket = task.ticket
+    def _start(self, ticket: Ticket) -> None:
         if ticket.queued is None:
             ticket.queued = time.perf_counter() - ticket.since
 
@@ -321,7 +361,7 @@ class Engine:
         """A row of the batch, which ended before ``at``, is in the context."""
         ticket = task.ticket
         if start < task.n_prompt:
-            self._start(task)
+            self._start(task.ticket)
             if not task.share:
                 self._score_prompt(task, start, end, at)
             if end < task.n_prompt:

@@ -270,7 +270,7 @@ class BatchRunner(Closing):
         engine = self._engine
         reading, failure = True, None
         while True:
-            while reading and not self._stopping.is_set() and len(engine.scheduler.waiting) < self._window:
+            while reading and not self._stopping.is_set() and engine.n_waiting < self._window:
                 started = time.perf_counter()
                 try:
                     item = next(source, None)
@@ -396,7 +396,7 @@ class BatchRunner(Closing):
         self._closed = True
         self._stopping.set()
         with self._turn:
-            self.ctx.close()
+            self._engine.close()
             self._parking.close()
 
     def __repr__(self) -> str:
