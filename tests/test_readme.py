@@ -13,11 +13,14 @@ from tests import models
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-EXAMPLES = {
-    f"{page.stem}-{number}": code
-    for page in PAGES
-    for number, code in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL))
-}
+#: Pages whose examples follow upon each other, and run as one program.
+STORIES = ("sessions",)
+EXAMPLES = {}
+for page in PAGES:
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    if page.stem in STORIES:
+        blocks = ["\n".join(blocks)]
+    EXAMPLES.update({f"{page.stem}-{number}": code for number, code in enumerate(blocks)})
 
 
 def test_there_are_some():
