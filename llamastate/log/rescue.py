@@ -25,6 +25,8 @@ _TABLE_LEAF = 0x0D
 _WAL_MAGIC = (0x377F0682, 0x377F0683)
 #: Serial type of a hash in a record: a blob of 32 bytes.
 _HASH = 12 + 2 * HASH_BYTES
+#: Rows that may claim one page beyond their own.
+_MAX_ROWS = 8
 _ENTRY_COLUMNS, _SESSION_COLUMNS = 3, 9
 #: Integers of a record by serial type: 8 and 9 are the numbers 0 and 1 without bytes.
 _INTEGERS = {1: 1, 2: 2, 3: 3, 4: 4, 5: 6, 6: 8, 8: 0, 9: 0}
@@ -82,10 +84,11 @@ def salvage(path: str | os.PathLike[str]) -> Iterator[bytes]:
     if not places and not whole:
         raise BadMagicError(f"{name!r} is no store of logs", path=name, reason="nothing in it is an entry")
     last: tuple[int, StoredEntry] | None = None
+    pages.again()
     for place in sorted(places):
         row = pages.row(*places[place])
-        assert row is not None
-        assert not isinstance(row.value, str)
+        if row is None or isinstance(row.value, str):
+            continue  # only if the file has changed meanwhile
         session, index = divmod(place, ROOM)
         follows = last is not None and last[0] == session and last[1].index == index - 1
         stored = StoredEntry(index, row.value[0].hex(), last[1].hash if last and follows else None, row.value[1])
@@ -114,6 +117,9 @@ class _Pages:
                 self._size, reserved = size, min(head[20], size - 480)
         self._usable = self._size - reserved
         self._n = max(-(-len(data) // self._size), max(newer, default=0))
+        # How many rows a page has been read for: in a sound file one. In a file that was made to hurt, every row could
+        # claim every page.
+        self._rows_of = [0] * (self._n + 1)
 
     def __iter__(self) -> Iterator[int]:
         return iter(range(1, self._n + 1))
@@ -135,6 +141,10 @@ class _Pages:
         pointers = page[at + 8 : at + 8 + 2 * n]
         found = struct.unpack(f">{len(pointers) // 2}H", pointers[: len(pointers) // 2 * 2])
         return [offset for offset in found if at + 8 + 2 * n <= offset < self._usable]
+
+    def again(self) -> None:
+        """Rows are about to be read a second time."""
+        self._rows_of = [0] * (self._n + 1)
 
     def row(self, number: int, offset: int) -> _Row | None:
         """What begins there, if it is an entry or a session."""
@@ -160,6 +170,9 @@ class _Pages:
         parts, left = [page[at : at + local]], length - local
         next_page = int.from_bytes(page[at + local : at + local + 4], "big") if left else 0
         while left > 0:
+            self._rows_of[next_page] += 1  # an IndexError if there is no such page
+            if self._rows_of[next_page] > _MAX_ROWS:
+                raise ValueError("a page of too many rows")
             more = self.page(next_page)[: self._usable]
             piece = more[4 : 4 + left]
             if not piece:
