@@ -253,7 +253,8 @@ class UnknownEntry(msgspec.Struct, frozen=True):
     @property
     def kind(self) -> str:
         """Which kind it is."""
-        kind = self.data.get("kind") if isinstance(self.data, dict) else None
+        data: Any = self.data
+        kind = data.get("kind") if isinstance(data, dict) else None
         return kind if isinstance(kind, str) else ""
 
     @property

@@ -25,6 +25,7 @@ from llamastate.errors import (
     SaveError,
     SessionNotFoundError,
     StateFileNotFoundError,
+    StoreFullError,
     TemplateError,
     TokensMismatchError,
 )
@@ -164,6 +165,17 @@ def test_a_prefix_store_of_other_blocks_or_another_model(store: SQLiteLogStore, 
         with context("dense", seed=1) as ctx, pytest.raises(FingerprintMismatchError) as caught:
             resume_log(log, ctx, prefix=prefix)
         assert caught.value.field == "weights"
+
+
+def test_a_prefix_store_without_room(store: SQLiteLogStore) -> None:
+    log = SessionLog.create(store)
+    with context("dense") as ctx, PrefixStore(None, block_tokens=16, ram_bytes=1000) as prefix:
+        session = Session(ctx)
+        turn(log, session, 1)
+        n = log.n_entries
+        with pytest.warns(RuntimeWarning, match="takes no more"), pytest.raises(StoreFullError):
+            lock_session(log, session, prefix=prefix)
+        assert log.verify() == log.n_entries == n
 
 
 def test_both_at_once(store: SQLiteLogStore, tmp_path: Path) -> None:
