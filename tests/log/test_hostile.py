@@ -191,6 +191,7 @@ def test_interrupted_anywhere(tmp_path: Path) -> None:
                     raise KeyboardInterrupt
                 return trace
 
+            traced = sys.gettrace()
             try:
                 sys.settrace(trace)
                 with log.transaction():
@@ -199,7 +200,7 @@ def test_interrupted_anywhere(tmp_path: Path) -> None:
             except KeyboardInterrupt:
                 pass
             finally:
-                sys.settrace(None)
+                sys.settrace(traced)
             assert not store._db().in_transaction, at
             if finished:
                 break
@@ -313,7 +314,7 @@ def _stack() -> list[Any]:
 
 def test_a_large_entry(store: Any) -> None:
     log = SessionLog.create(store)
-    text = "€" * 10_000_000
+    text = "€" * 3_000_000
     log.save_delta([user(text), assistant("short")])
     assert log.restore().history[0]["content"] == text
     assert log.verify() == 3
