@@ -164,7 +164,8 @@ class LlamaStateCache(BaseLlamaCache, ServingCache):
     capacity_bytes : int
         What the cache may hold: on disk, or in memory if ``path`` is None.
     ram_bytes : int, optional
-        What it may hold in memory beside the disk; a quarter of ``capacity_bytes``, but at most 512 MB.
+        What it may hold in memory beside the disk, also of what is still on its way there: what has no room to wait is
+        not stored. As much as on disk, but at most 1 GiB.
     disk_bytes : int, optional
         The same as ``capacity_bytes`` for a cache on disk, and goes before it.
     block_tokens : int
@@ -233,7 +234,7 @@ class LlamaStateCache(BaseLlamaCache, ServingCache):
                 ram_bytes = capacity if ram_bytes is None else ram_bytes
             else:
                 disk_bytes = capacity if disk_bytes is None else disk_bytes
-                ram_bytes = min(disk_bytes // 4, 512 << 20) if ram_bytes is None else ram_bytes
+                ram_bytes = min(disk_bytes, 1 << 30) if ram_bytes is None else ram_bytes
             self.store = PrefixStore(
                 path, ram_bytes=ram_bytes, disk_bytes=disk_bytes, block_tokens=block_tokens, **options
             )
