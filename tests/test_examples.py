@@ -43,3 +43,13 @@ def test_log_resume() -> None:
     assert "the same token follows: True" in said
     assert int(re.findall(r"forked after turn 1: (\d+) tokens reused", said)[0]) > 0
     assert re.search(r"^trip .*\n└─ another-trip .* forked at entry \d+$", said, re.MULTILINE)
+
+
+@pytest.mark.parametrize("kind", ["dense", "iswa", "jamba"])
+def test_llama_cpp_cache(kind: str) -> None:
+    """What the first run has read the second restores."""
+    first, second = run("llama_cpp_cache", kind).split("the second, which might be tomorrow")
+    restored = [[int(n) for n in re.findall(r"(\d+) restored", part)] for part in (first, second)]
+    assert restored[0][0] == 0
+    assert restored[1][0] > 100
+    assert re.findall(r"(\d+) bytes", first) == re.findall(r"(\d+) bytes", second) != []
