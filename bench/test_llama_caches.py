@@ -19,8 +19,8 @@ import numpy as np
 import pytest
 
 from bench.conftest import CORES
-from bench.timing import no_gc
-from llamastate.interop.llama_cpp import LlamaStateCache
+from bench.timing import no_gc, seconds
+from llamastate.interop.llama_cpp import LlamaStateCache, accelerate
 from tests import models
 
 llama_cpp = pytest.importorskip("llama_cpp")
@@ -175,3 +175,22 @@ def test_grouped_prompts(claim, prompts, folder):
         5,
         at_least=True,
     )
+
+
+def test_accelerated(claim, tokens):
+    """``save_state`` and ``load_state`` of one ``Llama``, its own and accelerated."""
+    llm = llama_cpp.Llama(str(models.smollm2()), n_ctx=2048, n_threads=CORES, n_threads_batch=CORES, verbose=False)
+    llm.eval(tokens[:1024].tolist())
+    state = llm.save_state()
+    own = [seconds(llm.save_state, 9), seconds(lambda: llm.load_state(state), 9)]
+    with accelerate(llm):
+        state = llm.save_state()
+        ours = [seconds(llm.save_state, 9), seconds(lambda: llm.load_state(state), 9)]
+    llm.close()
+    for row, name, theirs, mine in zip((94, 95), ("save_state", "load_state"), own, ours, strict=True):
+        theirs, mine = 1e3 * float(np.median(theirs)), 1e3 * float(np.median(mine))
+        claim(
+            row,
+            f"Llama.{name} of 1,024 tokens, accelerated",
+            f"{theirs / mine:.1f} × faster: {mine:.2f} against {theirs:.1f} ms",
+        )

@@ -285,7 +285,8 @@ class LlamaStateCache(BaseLlamaCache, ServingCache):
             ``value`` was not saved by a ``Llama`` that is accelerated or has this cache set: nothing says what model it
             is of.
         """
-        llm = value.llm() if isinstance(value, Pending) else None
+        asker = _asker(self)
+        llm = asker["self"] if asker is not None else value.llm() if isinstance(value, Pending) else None
         if llm is not None:
             self._keep(llm)
             return
@@ -357,8 +358,8 @@ class LlamaStateCache(BaseLlamaCache, ServingCache):
 
     def _keep(self, llm: Any) -> None:
         """Store what is new of what a ``Llama`` holds."""
-        watch = follow(llm)
         try:
+            watch = follow(llm)
             with turn(llm, watch) as ctx:
                 n = min(watch.n_known, llm.n_tokens)
                 if not n:

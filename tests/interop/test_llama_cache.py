@@ -537,3 +537,14 @@ def test_a_model_that_cannot_be_told(cache, tmp_path):
     same(first, complete(bare, PROMPTS[0]))
     for each in (llm, bare):
         each.close()
+
+
+def test_a_library_that_is_not_ours(llms, cache, monkeypatch):
+    """As if llama_cpp ran on another copy of llama.cpp: its completions go on without the cache."""
+    llm = llms("chat", cache)
+    monkeypatch.setattr("llamastate._native.library", Path(__file__))
+    with pytest.warns(RuntimeWarning, match="llama_cpp runs on"):
+        found = complete(llm, PROMPTS[0])
+    monkeypatch.undo()
+    same(found, without(llms, "chat", PROMPTS[0]))
+    assert cache.stats().stored_tokens == 0
