@@ -108,7 +108,7 @@ class Model(lifetimes.Closing):
         self.path = path
         self._stamps = _stamps(path)
         self._handle = handle
-        self._n_gpu_layers = -1  # nobody knows; it may have some
+        self._n_gpu_layers = 1  # nobody knows; it may have some
         self._prepare()
         return self
 

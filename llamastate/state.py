@@ -287,10 +287,10 @@ class StateAPI:
             if not flags & SeqFlags.ON_DEVICE:
                 n = state.seq_get_data_into(handle, out, seq_id, flags)
                 return n
-            n_bytes = device.check_take(self, seq_id, flags)
+            taken = device.check_take(self, seq_id, flags)
             n = state.seq_get_data_into(handle, out, seq_id, flags)
             with as_bytes_view(out) as view:
-                device.note_taken(self, seq_id, flags, n_bytes, view[:n])
+                device.note_taken(self, seq_id, flags, taken, view[:n])
             return n
 
     def state_seq_set_data(self, src: Any, dest_seq_id: int, flags: int = SeqFlags.NONE) -> int:

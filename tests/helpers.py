@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from llamastate import Context, Model
-from tests import tiny
+from tests import devices, tiny
 from tests.conftest import THREADS
 
 #: One name for each kind of memory, and the odd ones.
@@ -18,8 +18,8 @@ KINDS = ("dense", "iswa", "iswa11", "mamba", "mamba2", "jamba", "lfm2", "lfm2swa
 
 @cache
 def model(name: str, **variant: Any) -> Model:
-    """A tiny model, loaded once a process."""
-    return Model(tiny.path(name, **variant))
+    """A tiny model, loaded once a process; on a device if ``LLAMASTATE_TEST_GPU_LAYERS`` says so."""
+    return Model(tiny.path(name, **variant), n_gpu_layers=devices.GPU_LAYERS)
 
 
 def context(name: str | Model, **params: Any) -> Context:

@@ -19,6 +19,7 @@ from llamastate import SeqFlags
 from llamastate._native import _build_info, _loader, consts, library
 
 PXD = Path(llamastate.__file__).parent / "_native" / "llama.pxd"
+HEADERS = ("ggml.h", "ggml-backend.h", "llama.h")
 #: What the binding calls differently, because C keeps two kinds of names apart and Cython does not.
 RENAMED = {"cbool": "bool", "llama_memory_i *": "llama_memory_t"}
 
@@ -28,10 +29,10 @@ RENAMED = {"cbool": "bool", "llama_memory_i *": "llama_memory_t"}
 
 @cache
 def header() -> str:
-    """Both headers without comments, in one line."""
+    """The headers without comments, in one line."""
     for folder in (library.parent.parent, library.parent.parent.parent):
         if (folder / "include" / "llama.h").exists():
-            text = "".join((folder / "include" / name).read_text() for name in ("ggml.h", "llama.h"))
+            text = "".join((folder / "include" / name).read_text() for name in HEADERS)
             text = re.sub(r"/\*.*?\*/", " ", text, flags=re.DOTALL)
             return re.sub(r"//[^\n]*", "", text)
     raise AssertionError("no headers beside the library")

@@ -91,7 +91,7 @@ cdef class ContextHandle(Lockable):
     # ON_DEVICE blobs that are still good: source sequence -> (flags, digest). Kept here because a borrowed context has
     # one handle however often it is attached.
     cdef readonly dict on_device
-    # What llama.cpp's storages for such tensors hold: source sequence -> (bytes, epoch).
+    # What llama.cpp's storages for such tensors hold: source sequence -> what llamastate.device notes.
     cdef readonly dict device_storage
     # Counts what may have changed cells.
     cdef readonly unsigned long long epoch

@@ -127,6 +127,20 @@ cdef class ModelHandle:
         self._owned = None
 
 
+def gpu_alignments():
+    """What buffers are aligned to, in bytes, on each device that llama.cpp would put layers on: one or none, as a rule."""
+    cdef size_t i
+    cdef c.ggml_backend_dev_t device
+    cdef c.ggml_backend_dev_type_enum kind
+    found = []
+    for i in range(c.ggml_backend_dev_count()):
+        device = c.ggml_backend_dev_get(i)
+        kind = c.ggml_backend_dev_type(device)
+        if kind == c.GGML_BACKEND_DEVICE_TYPE_GPU or kind == c.GGML_BACKEND_DEVICE_TYPE_IGPU:
+            found.append(c.ggml_backend_buft_get_alignment(c.ggml_backend_dev_buffer_type(device)))
+    return found
+
+
 def load_model(bytes path, *, int n_gpu_layers, bint use_mmap, bint use_mlock, bint vocab_only, bint check_tensors,
                int main_gpu, bint use_extra_bufts):
     """Load a GGUF file (``llama_model_load_from_file``). Releases the GIL.

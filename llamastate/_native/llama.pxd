@@ -1,4 +1,4 @@
-# What llamastate uses of llama.h, in the header's order. No logic here.
+# What llamastate uses of llama.h and ggml's headers, in their order. No logic here.
 #
 # Functions that can let a C++ exception escape are marked ``except +``: llama.h is a C API, but the library behind it
 # is C++ and some entry points (ON_DEVICE state, grammars, templates) throw straight through it. An exception that is
@@ -37,6 +37,25 @@ cdef extern from "ggml.h" nogil:
     const char * ggml_type_name(ggml_type type)
     const char * ggml_version()
     const char * ggml_commit()
+
+
+cdef extern from "ggml-backend.h" nogil:
+    enum ggml_backend_dev_type_enum "ggml_backend_dev_type":
+        GGML_BACKEND_DEVICE_TYPE_GPU
+        GGML_BACKEND_DEVICE_TYPE_IGPU
+
+    struct ggml_backend_buffer_type:
+        pass
+    struct ggml_backend_device:
+        pass
+    ctypedef ggml_backend_buffer_type * ggml_backend_buffer_type_t
+    ctypedef ggml_backend_device * ggml_backend_dev_t
+
+    size_t ggml_backend_buft_get_alignment(ggml_backend_buffer_type_t buft) except +
+    ggml_backend_dev_type_enum ggml_backend_dev_type(ggml_backend_dev_t device) except +
+    ggml_backend_buffer_type_t ggml_backend_dev_buffer_type(ggml_backend_dev_t device) except +
+    size_t ggml_backend_dev_count() except +
+    ggml_backend_dev_t ggml_backend_dev_get(size_t index) except +
 
 
 cdef extern from "llama.h" nogil:
