@@ -28,7 +28,7 @@ llama_cache = pytest.importorskip("llama_cpp.llama_cache")
 
 GROUPS, EACH = 10, 5
 #: Not a whole number of blocks: the rest is evaluated again with ours only.
-SHARED, OWN, GENERATED = 300, 32, 4
+SHARED, OWN, GENERATED = 300, 32, 2
 ROOM = 32 << 30
 
 
