@@ -9,6 +9,7 @@
 `housekeeping`  and what has to be mended there
 `remote`        entries on any file system that fsspec knows
 `behind`        writing while the caller goes on
+`ahead`         reading while the caller uses what was read
 `levels`        one place below the other
 `match`         how much of a sequence is stored
 `rows`          between a sequence and entries

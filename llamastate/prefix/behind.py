@@ -80,6 +80,7 @@ class WriteBehind:
             try:
                 self._write(entry)
             finally:
+                del entry  # not until the next one comes
                 with self._changed:
                     self._busy = False
                     self._changed.notify_all()

@@ -6,13 +6,15 @@ import contextlib
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 
-from llamastate.arrays import Int32Array
 from llamastate.errors import LlamaStateError, StoreFullError
+from llamastate.prefix.ahead import into, read_ahead
 from llamastate.prefix.behind import WriteBehind
 from llamastate.prefix.entry import Entry, seal
 from llamastate.prefix.ram import RamTier
@@ -23,6 +25,9 @@ if TYPE_CHECKING:
     from llamastate.prefix.disk import DiskTier
 
 __all__ = ["Levels"]
+
+#: Keys of which it is known that they were read from the disk; about 150 bytes each.
+REMEMBERED = 1 << 16
 
 
 class Levels:
@@ -47,6 +52,7 @@ class Levels:
         self._counters = counters
         self._lock = threading.Lock()
         self._warned = False
+        self._used: OrderedDict[bytes, bool] = OrderedDict()
         self._behind: WriteBehind | None = None
         if write_behind and (disk is not None or remote is not None):
             # not a bound method: the thread must not keep what it writes for alive
@@ -85,20 +91,57 @@ class Levels:
         for tier in self._all():
             tier.touch(keys)
 
-    def fetch(self, key: bytes, tokens: Int32Array, start: int) -> Entry | None:
-        """The entry, if it is there and holds these very tokens at this place. It goes to the levels above too."""
+    def fetch(self, key: bytes) -> Entry | None:
+        """The entry, if it is anywhere. It goes to the levels above too."""
         entry = self.ram.get(key)
-        if entry is None:
-            entry = self._from_below(key)
-        if entry is None or entry.start != start or not np.array_equal(entry.tokens, tokens):
-            return None
-        return entry
+        return self._from_below(key, None) if entry is None else entry
 
-    def _from_below(self, key: bytes) -> Entry | None:
-        entry = self.disk.get(key) if self.disk is not None else None
+    def fetch_run(self, keys: Sequence[bytes], nbytes: int, *, keep: bool) -> Generator[Entry | None, None, None]:
+        """The entries of these keys, in order.
+
+        Parameters
+        ----------
+        keys : sequence of bytes
+        nbytes : int
+            Of each.
+        keep : bool
+            All of them are wanted at once. Otherwise an entry is valid until the next is asked for: what comes from the
+            disk for the first time passes through two buffers, one being read while the other is used.
+        """
+        missing = len(keys) - len(self.ram.known(keys))
+        if keep or self.disk is None or missing < 2 or 2 * nbytes > self.ram.capacity:
+            yield from map(self.fetch, keys)
+            return
+        # More than there is room for would only drive out what is of use.
+        worth = missing * nbytes <= self.ram.capacity // 2
+
+        def get(key: bytes, buffer: npt.NDArray[np.uint8]) -> Entry | None:
+            entry = self.ram.get(key)
+            if entry is not None:
+                return entry
+            return self._from_below(key, None if worth and self._was_used(key) else buffer)
+
+        with self.ram.lend(2 * nbytes):
+            yield from read_ahead(keys, get, nbytes)
+
+    def _was_used(self, key: bytes) -> bool:
+        """Whether this key was read before, not long ago. What is read once is as well off in the system's cache."""
+        with self._lock:
+            known = self._used.pop(key, False)
+            self._used[key] = True
+            if len(self._used) > REMEMBERED:
+                self._used.popitem(last=False)
+            return known
+
+    def _from_below(self, key: bytes, buffer: npt.NDArray[np.uint8] | None) -> Entry | None:
+        """Read an entry; from the disk into ``buffer``, if there is one, else to be kept in memory."""
+        entry = None
+        if self.disk is not None:
+            entry = self.disk.get(key, allocate=None if buffer is None else into(buffer))
         if entry is not None:
             self._counters.add(disk_reads=1)
         elif self.remote is not None:
+            buffer = None
             entry = self.remote.get(key)
             if entry is not None:
                 self._counters.add(remote_reads=1)
@@ -107,7 +150,7 @@ class Levels:
                         self.disk.put(entry)
                     except StoreFullError as error:
                         self.complain(error)
-        if entry is not None:
+        if entry is not None and buffer is None:
             with contextlib.suppress(StoreFullError):
                 self.ram.put(entry)
         return entry

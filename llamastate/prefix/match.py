@@ -22,28 +22,40 @@ class Chain(NamedTuple):
 
 
 class Match(NamedTuple):
-    """The longest prefix that is stored: so many blocks, and an anchor for kinds of memory that need one."""
+    """The longest prefix that is stored: so many blocks, and an anchor for kinds of memory that need one.
+
+    Together they may reach a little further than the ``n_tokens`` that are wanted: the rest is to be removed again.
+    """
 
     n_tokens: int
     n_blocks: int
-    anchor: bytes | None
+    anchor: bytes | None = None
+    anchor_end: int = 0
 
 
-def find(levels: Levels, chain: Chain, block_tokens: int, bad: Set[bytes] = frozenset()) -> Match:
-    """The longest prefix of a chain that is stored, without the keys in ``bad``. Reads no entry."""
+def find(
+    levels: Levels, chain: Chain, block_tokens: int, limit: int | None = None, bad: Set[bytes] = frozenset()
+) -> Match:
+    """The longest prefix of a chain that is stored, of ``limit`` tokens at most and without the keys in ``bad``.
+
+    Reads no entry.
+    """
     size, n = block_tokens, len(chain.ids)
-    run = len(chain.keys) - 1
+    limit = n if limit is None else min(limit, n)
+    run = min(len(chain.keys) - 1, -(-limit // size))
     if chain.kind != "recurrent":
-        known = levels.known(chain.keys[1:]) - bad
-        run = next((i for i, key in enumerate(chain.keys[1:]) if key not in known), run)
+        known = levels.known(chain.keys[1 : run + 1]) - bad
+        run = next((i for i, key in enumerate(chain.keys[1 : run + 1]) if key not in known), run)
     if chain.kind == "attention":
-        return Match(run * size, run, None)
+        return Match(min(run * size, limit), run)
+    # a window reaches back far enough for one token less
+    furthest = min(limit + (chain.kind == "iswa" and limit > 0), n)
     for i in range(run, -1, -1):
         for tail in levels.tails(chain.keys[i]):
             end = i * size + tail
-            if not 0 < end <= n:
+            if not 0 < end <= furthest:
                 continue
             key = anchor_key(chain.keys[i], chain.ids[i * size : end])
             if key not in bad and levels.known([key]):
-                return Match(end, i, key)
-    return Match(0, 0, None)
+                return Match(min(end, limit), i, key, end)
+    return Match(0, 0)

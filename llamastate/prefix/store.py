@@ -24,7 +24,7 @@ from llamastate.errors import (
 from llamastate.flags import SeqFlags
 from llamastate.params import I32
 from llamastate.prefix.chain import anchor_key, block_keys, portable, root_key
-from llamastate.prefix.entry import Entry, Kind, build
+from llamastate.prefix.entry import Entry, Kind, build, size_of
 from llamastate.prefix.levels import Levels
 from llamastate.prefix.match import Chain, Match, find
 from llamastate.prefix.ram import RamTier
@@ -201,6 +201,7 @@ class PrefixStore:
             )
             reader.read(i * size, (i + 1) * size, entry.rows)
             self._keep(entry)
+            del entry  # it may leave memory before the next one is made
             yield size
 
     def _put_anchor(self, ctx: Context, seq: int, chain: Chain, anchor: AnchorState, reader: RowReader) -> int:
@@ -301,7 +302,8 @@ class PrefixStore:
             Replaced, if it is not empty.
         tokens : array-like of int
         max_tokens : int, optional
-            At most so many. One less than there are leaves one to decode, for its logits.
+            At most so many. One less than there are leaves one to decode, for its logits: with full attention, or where
+            a sliding window's state was kept at the end, it is the only one then.
 
         Returns
         -------
@@ -317,7 +319,8 @@ class PrefixStore:
         Notes
         -----
         Where a block turns out to be damaged or gone the prefix is shorter. Cost: every byte moves once from memory to
-        llama.cpp if the context is unified, ``seq_id`` empty and another sequence empty too; else twice.
+        llama.cpp if the context is unified, ``seq_id`` empty and another sequence empty too; else twice. From the disk
+        it passes through two buffers, and stays in memory from the second time on.
         """
         return self.load_with_logits(ctx, seq_id, tokens, max_tokens=max_tokens)[0]
 
@@ -332,56 +335,53 @@ class PrefixStore:
         self._check_open()
         with ctx._handle:
             began = time.perf_counter()
-            ids = as_tokens(tokens, ctx.model.n_vocab)
-            asked = len(ids)
-            if max_tokens is not None:
-                ids = ids[: _at_least("max_tokens", max_tokens, 0)]
-            chain = self._chain(ctx, ids)
-            self._counters.add(queries=1, query_tokens=asked)
+            chain = self._chain(ctx, tokens)
+            limit = len(chain.ids) if max_tokens is None else _at_least("max_tokens", max_tokens, 0)
+            self._counters.add(queries=1, query_tokens=len(chain.ids))
             bad: set[bytes] = set()
             while True:
-                match = find(self._levels, chain, self.block_tokens, bad)
+                match = find(self._levels, chain, self.block_tokens, limit, bad)
                 if not match.n_tokens:
                     ctx.seq_rm(seq_id)
                     self._counters.add(load_seconds=time.perf_counter() - began)
                     return 0, None
                 done = self._place(ctx, seq_id, chain, match, bad)
                 if done is not None:
-                    self._counters.add(hits=1, hit_tokens=done[0], load_seconds=time.perf_counter() - began)
+                    self._counters.add(
+                        hits=int(done[0] > 0), hit_tokens=done[0], load_seconds=time.perf_counter() - began
+                    )
                     return done
 
     def _place(
         self, ctx: Context, seq_id: int, chain: Chain, match: Match, bad: set[bytes]
     ) -> tuple[int, npt.NDArray[np.float32] | None] | None:
         """Put a match into the sequence; None, with new keys in ``bad``, if it was not what it seemed."""
+        size, place = self.block_tokens, place_of(ctx.schema)
         anchor = None
         if match.anchor is not None:
-            start = match.n_blocks * self.block_tokens
-            anchor = self._levels.fetch(match.anchor, chain.ids[start : match.n_tokens], start)
-            if anchor is None:
+            anchor = self._levels.fetch(match.anchor)
+            if anchor is None or not _holds(anchor, chain, match.n_blocks * size, match.anchor_end):
                 bad.add(match.anchor)
                 return None
-        has_rows = place_of(ctx.schema).has_rows
-        keys = chain.keys[1 : match.n_blocks + 1] if has_rows else []
+        keys = chain.keys[1 : match.n_blocks + 1] if place.has_rows else []
+        nbytes = size_of([4 * size, place.rows_bytes(size), 0, 0])
         with contextlib.ExitStack() as stack:
             placer = Placer(ctx, seq_id)
             if placer.needs_room:
-                room = len(keys) * place_of(ctx.schema).rows_bytes(self.block_tokens)
-                stack.enter_context(self._ram.lend(room))
+                stack.enter_context(self._ram.lend(len(keys) * nbytes))
+            blocks = self._levels.fetch_run(keys, nbytes, keep=placer.needs_room)
+            stack.enter_context(contextlib.closing(blocks))
             entry = anchor
             try:
-                for i, key in enumerate(keys):
-                    start = i * self.block_tokens
-                    entry = self._levels.fetch(key, chain.ids[start : start + self.block_tokens], start)
-                    if entry is None:
+                for i, (key, entry) in enumerate(zip(keys, blocks, strict=True)):
+                    if entry is None or not _holds(entry, chain, i * size, (i + 1) * size):
                         bad.add(key)
                         break
                     placer.add(entry)
-                else:
-                    entry = anchor
-                if entry is None and match.anchor is not None:
+                if not bad.isdisjoint(keys) and anchor is not None:
                     placer.abandon()
                     return None
+                entry = anchor or entry
                 n = placer.finish(anchor)
             except (CorruptStateError, LayoutMismatchError):
                 # sound bytes that are no state of this context: nobody ought to meet them again
@@ -393,10 +393,13 @@ class PrefixStore:
             except BaseException:
                 placer.abandon()
                 raise
-        used = [*keys[: -(-n // self.block_tokens)], *([match.anchor] if match.anchor else [])]
-        self._levels.touch(used)
-        logits = anchor.logits if anchor is not None else None
-        return n, None if logits is None else logits.copy()
+        if n > match.n_tokens and not ctx.seq_rm(seq_id, match.n_tokens):
+            assert match.anchor is not None  # rows alone can always be cut
+            bad.add(match.anchor)
+            return None
+        self._levels.touch([*keys[: -(-n // size)], *([match.anchor] if match.anchor else [])])
+        logits = None if anchor is None or n > match.n_tokens else anchor.logits
+        return min(n, match.n_tokens), None if logits is None else logits.copy()
 
     # --- keeping house ------------------------------------------------------------------------------------------------
 
@@ -459,9 +462,9 @@ class PrefixStore:
         """What the store holds and what it has done in this process."""
         self._check_open()
         disk = None if self._disk is None else self._disk.stats()
-        remote = self._levels.remote
         # any tier may be beyond the disk; ours counts
-        return self._counters.stats(self._ram, disk, remote.stats() if hasattr(remote, "stats") else None)
+        count = getattr(self._levels.remote, "stats", None)
+        return self._counters.stats(self._ram, disk, None if count is None else count())
 
     def verify(self, *, drop: bool = True) -> list[Damaged]:
         """Read every file and check every byte; the damaged ones, which are dropped unless told otherwise."""
@@ -493,6 +496,11 @@ class PrefixStore:
     def _check_open(self) -> None:
         if self._closed:
             raise ClosedError("the store is closed", what="store")
+
+
+def _holds(entry: Entry, chain: Chain, start: int, end: int) -> bool:
+    """Whether an entry holds these very tokens at this place."""
+    return entry.start == start and entry.tokens.tobytes() == chain.ids[start:end].astype("<i4", copy=False).tobytes()
 
 
 def _at_least(name: str, value: object, limit: int) -> int:

@@ -80,3 +80,50 @@ def test_a_full_disk_refuses_and_inference_goes_on(tmp_path):
             assert kept.put(ctx, 0, IDS) == 0
         assert kept.put(ctx, 0, IDS) == 0
         assert kept.load(ctx, 1, IDS) == 0
+
+
+def test_from_the_disk_into_memory_the_second_time(tmp_path):
+    with context("dense", **WAYS["unified"]) as ctx, PrefixStore(tmp_path, block_tokens=BLOCK) as kept:
+        ctx.decode(IDS)
+        kept.put(ctx, 0, IDS)
+    with context("dense", **WAYS["unified"]) as ctx, PrefixStore(tmp_path, block_tokens=BLOCK) as kept:
+        for reads, entries in ((9, 0), (18, 9), (18, 9)):
+            ctx.seq_rm(1)
+            assert kept.load(ctx, 1, IDS) == 144
+            assert (kept.stats().disk_reads, kept.stats().ram_entries) == (reads, entries)
+            ctx.decode(IDS[144:], seq_id=1)
+            assert_same_logits(ctx.logits(), from_scratch("dense", "unified", IDS, [144]))
+
+
+@pytest.mark.parametrize("at", [0, 1, 4, 8])
+@pytest.mark.parametrize("how", ["flipped", "gone", "another"])
+@pytest.mark.parametrize("ram_bytes", [0, 1 << 20])
+def test_one_bad_block_of_many(tmp_path, at, how, ram_bytes):
+    """While it is read ahead, or not: what comes before it is had."""
+    with context("iswa", **WAYS["unified"]) as ctx, PrefixStore(tmp_path, block_tokens=BLOCK) as kept:
+        fill(kept, ctx, ends=(16, 64, 130, 144))
+        keys = [row.key for row in kept._disk.entries() if row.kind == 1]
+        assert len(keys) == 9
+    files = {key: next(tmp_path.glob(f"blocks/*/{key.hex()}.llblk")) for key in keys}
+    bad = files[keys[at]]
+    if how == "flipped":
+        data = bytearray(bad.read_bytes())
+        data[len(data) // 2] ^= 8
+        bad.write_bytes(data)
+    elif how == "gone":
+        bad.unlink()
+    else:
+        bad.write_bytes(files[keys[at - 1]].read_bytes())
+    with (
+        context("iswa", **WAYS["unified"]) as ctx,
+        PrefixStore(tmp_path, block_tokens=BLOCK, ram_bytes=ram_bytes) as kept,
+    ):
+        n = kept.load(ctx, 0, IDS)
+        assert n == {0: 0, 1: 16, 4: 64, 8: 130}[at]
+        ctx.decode(IDS[n:])
+        assert_same_logits(ctx.logits(), from_scratch("iswa", "unified", IDS, [16, 64, 130, 144, n]))
+        assert kept.put(ctx, 0, IDS) >= BLOCK
+        kept.flush()
+        assert kept.verify() == []
+        ctx.seq_rm(1)
+        assert kept.load(ctx, 1, IDS) == 150

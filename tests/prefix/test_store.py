@@ -302,3 +302,34 @@ def test_threads():
             thread.join()
         assert not wrong
         assert kept.stats().ram_entries == 4 + 5 * 2
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("kind", ["dense", "iswa", "iswa11", "qwen2vl"])
+def test_all_but_the_last_token(kind, way):
+    """One is left to decode, though blocks and anchors end elsewhere."""
+    ids = IDS[:144]
+    with context(kind, **WAYS[way]) as source, context(kind, **WAYS[way]) as target, store() as kept:
+        fill(kept, source, ids=ids, ends=(*ENDS, 144))
+        n = kept.load(target, 0, ids, max_tokens=143)
+        assert n == 143
+        assert target.seq_pos_max(0) == 142
+        target.decode(ids[n:])
+        assert_same_logits(target.logits(), from_scratch(kind, way, ids, [*ENDS, n]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("limit", [0, 1, 47, 60, 99, 100, 129, 130, 500])
+def test_at_most_so_many(kind, limit):
+    with context(kind, **WAYS["unified"]) as ctx, store() as kept:
+        fill(kept, ctx)
+        n = kept.load(ctx, 1, IDS, max_tokens=limit)
+        assert n == ctx.seq_pos_max(1) + 1 <= limit
+        if ctx.schema.kind == "attention":
+            assert n == min(limit, 128)
+        elif ctx.schema.kind == "iswa":
+            assert n == {0: 0, 1: 0, 47: 47, 60: 48, 99: 99, 100: 100, 129: 129, 130: 130, 500: 130}[limit]
+        else:
+            assert n == max(end for end in (0, *ENDS) if end <= limit)
+        ctx.decode(IDS[n:], seq_id=1)
+        assert_same_logits(ctx.logits(), from_scratch(kind, "unified", IDS, [*ENDS, n]))
