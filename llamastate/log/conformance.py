@@ -127,6 +127,8 @@ def compares_and_appends(store: LogStore) -> None:
     store.append("a", first)
     error = _refuses(HeadMovedError, lambda: store.append("a", second))
     assert (error.expected, error.found) == (entries[-1].hash, first[0].hash)
+    for prev in (None, "no hash", "00" * 32):
+        _refuses(HeadMovedError, partial(store.append, "a", [StoredEntry(4, "11" * 32, prev, second[0].data)]))
     assert list(store.read("a")) == entries + first
 
 

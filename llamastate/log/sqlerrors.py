@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import sqlite3
-from collections.abc import Iterator
 
 from llamastate.errors import (
     BadMagicError,
@@ -35,13 +33,20 @@ _MESSAGES = (
 )
 
 
-@contextlib.contextmanager
-def translated(path: str) -> Iterator[None]:
+class translated:  # noqa: N801 - used as a function, and twice with every append: a generator would take longer
     """Raise what SQLite raises inside the block as a typed error."""
-    try:
-        yield
-    except (sqlite3.Error, OverflowError, UnicodeError) as error:
-        raise _translate(error, path) from error
+
+    __slots__ = ("_path",)
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, (sqlite3.Error, OverflowError, UnicodeError)):
+            raise _translate(error, self._path) from error
 
 
 def code_of(error: BaseException) -> int:

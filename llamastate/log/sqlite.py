@@ -19,6 +19,7 @@ from llamastate.errors import (
     FileAccessError,
     InvalidArgumentError,
     LlamaStateError,
+    LogTamperedError,
     StateFileNotFoundError,
     VersionMismatchError,
 )
@@ -124,6 +125,7 @@ class SQLiteLogStore:
         # an append that failed half-way, in a transaction that goes on
         self._spoilt: BaseException | None = None
         self._forked = False
+        self._numbers: dict[str, int] = {}  # of sessions that were appended to
         self._connection: sqlite3.Connection | None = None
         self._connection = self._open()
         _open_stores.add(self)
@@ -307,25 +309,47 @@ class SQLiteLogStore:
             self.head(session_id)
             return
         with self._writing() as db:
-            if not _is_text(session_id):
-                raise not_found(session_id)
-            row = db.execute("SELECT n, n_entries, head FROM sessions WHERE id = ?", (session_id,)).fetchone()
-            if row is None:
-                raise not_found(session_id)
-            n, n_entries, head = row[0], row[1], _hex(row[2])
-            if entries[0].prev_hash != head:
-                raise moved(session_id, entries[0].prev_hash, head)
-            require_chain(entries, n_entries, head)
-            last = entries[-1]
+            # Comparing is part of the statement. Which number a session has never changes, so it need not be asked.
+            n = self._numbers.get(session_id)
+            if n is None or not self._advance(db, session_id, n, entries):
+                if not _is_text(session_id):
+                    raise not_found(session_id)
+                row = db.execute("SELECT n, n_entries, head FROM sessions WHERE id = ?", (session_id,)).fetchone()
+                if row is None:
+                    raise not_found(session_id)
+                n, n_entries, head = row[0], row[1], _hex(row[2])
+                if entries[0].prev_hash != head:
+                    raise moved(session_id, entries[0].prev_hash, head)
+                require_chain(entries, n_entries, head)
+                if not self._advance(db, session_id, n, entries):
+                    raise self._damaged(f"session {session_id!r:.60} cannot be changed")
+                if len(self._numbers) >= 4096:
+                    self._numbers.clear()
+                self._numbers[session_id] = n
             rows = [(n * ROOM + e.index, bytes.fromhex(e.hash), e.data) for e in entries]
             if len(rows) == 1:
                 db.execute(_INSERT, rows[0])
             else:
                 db.executemany(_INSERT, rows)
-            db.execute(
-                "UPDATE sessions SET n_entries = ?, head = ?, updated = ? WHERE n = ?",
-                (last.index + 1, bytes.fromhex(last.hash), time_of(last), n),
-            )
+
+    def _advance(self, db: sqlite3.Connection, session_id: str, n: int, entries: Sequence[StoredEntry]) -> bool:
+        """Move a session's head, if it is still where the entries begin."""
+        first, last = entries[0], entries[-1]
+        if first.prev_hash is None or not is_hash(first.prev_hash):
+            return False
+        try:
+            require_chain(entries, first.index, first.prev_hash)
+        except LogTamperedError:
+            return False  # whether it comes too late is told first
+        done = db.execute(
+            "UPDATE sessions SET n_entries = ?, head = ?, updated = ? "
+            "WHERE n = ? AND id = ? AND n_entries = ? AND head = ?",
+            (
+                last.index + 1, bytes.fromhex(last.hash), time_of(last),
+                n, session_id, first.index, bytes.fromhex(first.prev_hash),
+            ),
+        )  # fmt: skip
+        return done.rowcount == 1
 
     # --- reading ------------------------------------------------------------------------------------------------------
 
@@ -350,13 +374,13 @@ class SQLiteLogStore:
     def _whole(self, value: Any) -> int:
         """A number as it was written; SQLite would take anything in its place, and give it back."""
         if type(value) is not int or not 0 <= value <= ROOM:
-            raise CorruptStateError(
-                f"{self.path!r} is damaged: {value!r:.40} is no number of entries",
-                path=self.path,
-                reason="no number",
-                section="sessions",
-            )
+            raise self._damaged(f"{value!r:.40} is no number of entries")
         return value
+
+    def _damaged(self, reason: str) -> CorruptStateError:
+        return CorruptStateError(
+            f"{self.path!r} is damaged: {reason}", path=self.path, reason=reason, section="sessions"
+        )
 
     def read(self, session_id: str, start: int = 0, stop: int | None = None) -> list[StoredEntry]:
         """Entries (:meth:`LogStore.read`)."""
@@ -407,12 +431,7 @@ class SQLiteLogStore:
             or relation not in (None, "fork", "compact")
             or kinds[6:] != ([type(None)] * 2 if relation is None else [str] * 2)
         ):
-            raise CorruptStateError(
-                f"{self.path!r} is damaged: what it says of session {session_id!r:.60} makes no sense",
-                path=self.path,
-                reason="no session",
-                section="sessions",
-            )
+            raise self._damaged(f"what it says of session {session_id!r:.60} makes no sense")
         origin = None if relation is None else SessionOrigin(origin_id, origin_hash)
         return LogInfo(session_id, self._whole(n_entries), head.hex(), created, updated, relation, origin)
 

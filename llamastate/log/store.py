@@ -10,7 +10,7 @@ import msgspec
 
 from llamastate.arrays import as_index
 from llamastate.errors import InvalidArgumentError, SessionExistsError, SessionNotFoundError
-from llamastate.log.chaining import StoredEntry
+from llamastate.log.chaining import StoredEntry, tampered
 from llamastate.log.entries import SessionOrigin, SessionStart
 
 __all__ = ["Head", "LogInfo", "LogStore", "read_all"]
@@ -197,9 +197,20 @@ def first_facts(entries: Sequence[StoredEntry]) -> tuple[str | None, SessionOrig
     return ("compact", start.compacted_from) if start.compacted_from is not None else (None, None)
 
 
+class _Time(msgspec.Struct):
+    ts: Any = 0
+
+
+_time_decoder = msgspec.json.Decoder(_Time)
+
+
 def time_of(stored: StoredEntry) -> int:
     """The time of an entry in milliseconds, within what an integer of 64 bits holds."""
-    return max(-(2**63), min(2**63 - 1, stored.entry.ts))
+    try:
+        ts = _time_decoder.decode(stored.data).ts
+    except (ValueError, RecursionError) as error:
+        raise tampered(stored.index, f"entry {stored.index} cannot be read: {error}") from None
+    return max(-(2**63), min(2**63 - 1, ts)) if isinstance(ts, int) else 0
 
 
 def check_limit(limit: object) -> int | None:
