@@ -117,7 +117,8 @@ def note_taken(ctx: StateAPI, seq_id: int, flags: int, taken: tuple[int, ...], b
     handle.on_device[int(seq_id)] = (int(flags), _digest(blob))
     if not any(taken):  # an empty state leaves the storage as it is
         return
-    *_, before = handle.device_storage.get(int(seq_id), (((0, 0),) * len(taken),))
+    known = handle.device_storage.get(int(seq_id))
+    before = known[2] if known else ((0, 0),) * len(taken)
     # what the state leaves out is in the storage as before
     each = tuple((n, handle.epoch) if n else old for n, old in zip(taken, before, strict=True))
     handle.device_storage[int(seq_id)] = (taken, handle.epoch, each)
