@@ -527,7 +527,7 @@ class InvalidRequestError(LlamaStateError, ValueError):
 
 
 class BatchChangedError(LlamaStateError, ValueError):
-    """The output holds results of another run, or of other requests by the same names. Nothing was changed.
+    """The output holds results of another run, or of other requests by the same names. They were left as they are.
 
     ``field`` is the first option of the run that differs, or "body"; then ``custom_ids`` are some of ``count``.
     """

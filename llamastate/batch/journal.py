@@ -1,9 +1,9 @@
 """What a run has done already: by name, by content and by run, found in the output itself.
 
-Every line of an output has an ``id`` that is made of what was asked (16 hexadecimal digits of the body's digest) and of
-the run (16 of the digest of everything that decides results: the model's content, seeds, limits). So the output is its
-own journal, and no second file can contradict it. The file beside it, ``<output>.journal``, keeps what digests cannot
-tell: the run's facts in words, when it was started and stopped, and that there were results at all.
+Every line of an output has an ``id`` that is made of what was asked (16 hexadecimal digits of a digest over custom_id
+and body) and of the run (16 of one over everything that decides results: the model's content, seeds, defaults). So the
+output is its own journal, and no second file can contradict it. The file beside it, ``<output>.journal``, keeps what
+digests cannot tell: the run's facts in words, when it was started and stopped, and that there were results at all.
 """
 
 from __future__ import annotations
@@ -76,8 +76,9 @@ def run_digest(facts: Mapping[str, Any]) -> str:
 
 
 def key_of(line: Line, run: str) -> Key:
-    """The key of a line in a run."""
-    return Key(line.digest[: _HALF // 2].hex(), run)
+    """The key of a line in a run: no two lines of an input have the same."""
+    asked = f"{line.custom_id}".encode("utf-8", "surrogatepass") + b"\0" + line.digest
+    return Key(hashlib.blake2b(asked, digest_size=_HALF // 2, person=b"asked").hexdigest(), run)
 
 
 def name_of(custom_id: str | None, body: str) -> bytes:
@@ -189,7 +190,7 @@ class Journal:
         if found == self.run:
             return
         then = next((line["run"] for line in self._lines if line.get("digest") == found), None)
-        fields = sorted(set(then or ()) | set(self.facts))
+        fields = dict.fromkeys([*self.facts, *(then or ())])
         name = "run" if then is None else next(f for f in fields if then.get(f) != self.facts.get(f))
         was, now = ("", "") if then is None else (then.get(name), self.facts.get(name))
         words = (

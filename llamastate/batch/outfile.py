@@ -37,21 +37,26 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 class StreamOutput:
     """Where lines only pass through: a pipe, a terminal. Nothing can be resumed there."""
 
-    path = "-"
     n_found = 0
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: BinaryIO, path: str = "-", *, close: bool = False) -> None:
         self._file = file
+        self._close = close
+        self.path = path
         self.n_written = 0
 
     def write(self, line: bytes) -> None:
         """Pass a line on."""
-        self._file.write(line)
-        self._file.flush()
+        with _typed(self.path):
+            self._file.write(line)
+            self._file.flush()
         self.n_written += 1
 
     def close(self, **facts: Any) -> None:
-        """Nothing is left to do."""
+        """Let go of what was opened here."""
+        if self._close:
+            with contextlib.suppress(OSError):  # it was told when it was written
+                self._file.close()
 
 
 class OutputFile:
@@ -312,7 +317,7 @@ def open_output(
     if stat.S_ISREG(found.st_mode):
         return OutputFile(path, facts, interval=interval)
     with _typed(path):
-        return StreamOutput(open(path, "wb", buffering=0))
+        return StreamOutput(open(path, "wb"), path, close=True)
 
 
 def _lock(path: str) -> namelocks.Held:
@@ -331,7 +336,7 @@ def _typed(path: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if isinstance(error, LlamaStateError):
+        if isinstance(error, (LlamaStateError, BrokenPipeError)):
             raise
         reason = error.strerror or str(error)
         if error.errno in _FULL:

@@ -141,7 +141,7 @@ def run_batch(
     model_name : str, optional
         For the responses; the file's name if not given.
     on_progress : callable, optional
-        Called after every line with the :class:`Progress`.
+        Called at the beginning and after every result with the :class:`Progress`.
     on_result : callable, optional
         Called with every :class:`Result`, before its line is written.
     handle_signals : bool
@@ -159,7 +159,7 @@ def run_batch(
     Raises
     ------
     BatchChangedError
-        ``output`` has results of another run or other requests, and ``on_change`` is "error". Nothing was changed.
+        ``output`` has results of another run or other requests, and ``on_change`` is "error". They stay as they are.
     OutputMovedError
         ``output`` is not where it was. Put it back to go on.
     StoreLockedError
@@ -415,9 +415,10 @@ class _Run:
         try:
             if isinstance(self.output, OutputFile):
                 self.prepare(self.output, resume=resume, retry_errors=retry_errors, on_change=on_change)
+            self.began = time.perf_counter()
             if self.on_progress is not None:
                 self.progress.total = self.source.count()
-            self.began = time.perf_counter()
+                self.on_progress(self.progress)
             with self.signals() if handle_signals else contextlib.nullcontext():
                 self.loop()
             if self.failure is not None:
@@ -438,9 +439,9 @@ class _Run:
             return
         dropped = output.scan(self.index, on_change=on_change, drop_failed=retry_errors)
         stamp = self.source.stamp
-        if output.n_found and stamp is not None and stamp != output.journal.input:
+        if output.n_found and self.source.again and (stamp is None or stamp != output.journal.input):
             dropped += self.compare(output, on_change)
-        elif on_change == "redo" and output.n_found and stamp is None:
+        elif on_change == "redo" and output.n_found and not self.source.again:
             raise InvalidArgumentError(
                 "on_change='redo' needs an input that can be read twice", name="on_change", value=on_change
             )

@@ -14,7 +14,14 @@ import numpy as np
 
 from llamastate.batch.openai import Line, Query
 from llamastate.batch.request import Output, Result, TokenLogprob
-from llamastate.errors import InvalidRequestError, LlamaStateError, NotEnoughCellsError, SamplerError, TemplateError
+from llamastate.errors import (
+    InvalidArgumentError,
+    InvalidRequestError,
+    LlamaStateError,
+    NotEnoughCellsError,
+    SamplerError,
+    TemplateError,
+)
 
 __all__ = ["Names", "error_line", "response_line"]
 
@@ -64,7 +71,9 @@ def error_line(key: str, line: Line, error: LlamaStateError) -> bytes:
         "code": _code(error),
         "message": _clean(str(error)),
         "type": type(error).__name__,
-        "param": getattr(error, "param", None) or getattr(error, "parameter", None),
+        "param": next(
+            (p for n in ("param", "parameter", "name") if isinstance(p := getattr(error, n, None), str)), None
+        ),
     }
     if line.custom_id is None:
         facts["line"] = line.number
@@ -74,6 +83,9 @@ def error_line(key: str, line: Line, error: LlamaStateError) -> bytes:
 def _code(error: LlamaStateError) -> str:
     if isinstance(error, InvalidRequestError):
         return error.code or "invalid_request"
+    if isinstance(error, InvalidArgumentError):
+        # of a prompt too long the value is its length
+        return "context_length_exceeded" if error.name == "prompt" and type(error.value) is int else "invalid_parameter"
     if isinstance(error, NotEnoughCellsError):
         return "context_length_exceeded"
     if isinstance(error, TemplateError):

@@ -32,6 +32,7 @@ from llamastate.atomic import fsync_folder
 from llamastate.batch.journal import key_of, run_digest
 from llamastate.batch.openai import Defaults, parse, read_line
 from llamastate.batch.pipeline import BatchSummary, Pending, Placing, Source, facts_of, names_of, run_batch
+from llamastate.batch.request import Malformed, Request
 from llamastate.batch.responses import error_line, response_line
 from llamastate.errors import FileAccessError, InvalidRequestError, LoadError, SaveError
 
@@ -73,9 +74,8 @@ def run_rows(rows: Iterable[Mapping[str, Any]], runner: Any, *, defaults: Defaul
     """
     defaults, names = defaults or Defaults(), names_of(runner, model_name)
     run = run_digest(facts_of(runner, defaults))
-    failed: list[tuple[Mapping[str, Any], bytes]] = []
 
-    def requests() -> Iterator[Any]:
+    def requests() -> Iterator[Request | Malformed]:
         for i, row in enumerate(rows):
             line = read_line(_line(row, i), i + 1)
             key = key_of(line, run).id
@@ -84,13 +84,14 @@ def run_rows(rows: Iterable[Mapping[str, Any]], runner: Any, *, defaults: Defaul
                     raise line.error
                 query = parse(line, defaults)
             except InvalidRequestError as error:
-                failed.append((row, error_line(key, line, error)))
+                yield Malformed(str(line.custom_id), error, (row, error_line(key, line, error)))
                 continue
             yield from query.requests((row, Pending(key, query)))
 
     for result in runner.run(requests()):
-        while failed:
-            yield _joined(*failed.pop(0))
+        if isinstance(result.meta[1], bytes):
+            yield _joined(*result.meta)
+            continue
         (row, pending), i = result.meta
         if pending.put(i, result):
             query = pending.query
@@ -100,8 +101,6 @@ def run_rows(rows: Iterable[Mapping[str, Any]], runner: Any, *, defaults: Defaul
                 if pending.error is None
                 else error_line(pending.key, query.line, pending.error),
             )
-    while failed:
-        yield _joined(*failed.pop(0))
 
 
 def run_table(input: Any, output: str | os.PathLike[str], **options: Any) -> BatchSummary:  # noqa: A002
@@ -173,7 +172,7 @@ def _line(row: Mapping[str, Any], i: int) -> bytes:
     line = {"custom_id": str(i) if custom_id is None else str(custom_id), "url": url, "body": body}
     try:
         return json.dumps(line, default=_plain).encode("utf-8", "surrogatepass")
-    except (TypeError, ValueError, RecursionError):
+    except (TypeError, ValueError, AttributeError, RecursionError):
         return json.dumps({"custom_id": line["custom_id"]}).encode()
 
 
@@ -269,6 +268,10 @@ class _TableSource(Source):
     @property
     def again(self) -> bool:
         return True
+
+    @property
+    def stamp(self) -> list[int] | None:
+        return None if self.path is None else super().stamp
 
     def count(self) -> int | None:
         if self.path is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import datetime
+import datetime as dt
 import json
 import uuid
 from collections.abc import Callable
@@ -99,9 +99,9 @@ def test_everything_written_is_valid(schema: Any) -> None:
 @pytest.mark.parametrize(
     ("form", "read"),
     [
-        ("date", datetime.date.fromisoformat),
-        ("time", lambda text: datetime.time.fromisoformat(text.replace("Z", "+00:00"))),
-        ("date-time", lambda text: datetime.datetime.fromisoformat(text.replace("Z", "+00:00"))),
+        ("date", dt.date.fromisoformat),
+        ("time", lambda text: dt.time.fromisoformat(text.replace("Z", "+00:00"))),
+        ("date-time", lambda text: dt.datetime.fromisoformat(text.replace("Z", "+00:00"))),
         ("uuid", uuid.UUID),
     ],
 )

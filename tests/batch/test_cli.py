@@ -1,0 +1,153 @@
+"""``llamastate run-batch`` as a process."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import pty
+import re
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import urllib.request
+from pathlib import Path
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from llamastate.batch import BatchRunner, run_batch
+from llamastate.batch.metrics import BatchMetrics, serve
+from llamastate.batch.metrics import __doc__ as documentation
+from llamastate.cli import main
+from llamastate.errors import FileAccessError
+from tests import tiny
+from tests.batch.lines import by_id, chat, write
+from tests.children import ROOT
+
+
+def command(folder: Path, *more: object) -> list[str]:
+    model = tiny.path("dense", vocab="spm")
+    words = ["run-batch", "-i", folder / "in", "-o", folder / "out", "-m", model, "-t", 1, "--max-num-seqs", 4, *more]
+    return [str(word) for word in words]
+
+
+def run(folder: Path, *more: object, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+    words = [sys.executable, "-m", "llamastate", *command(folder, *more)]
+    return subprocess.run(words, cwd=ROOT, input=stdin, capture_output=True, timeout=60, check=False)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write(tmp_path / "in", [chat(f"r{i}", f"the and of {i}", max_tokens=4) for i in range(10)])
+    return tmp_path
+
+
+def test_a_run(folder: Path) -> None:
+    done = run(folder, "--summary", folder / "summary")
+    assert (done.returncode, done.stdout) == (0, b"")
+    assert done.stderr.count(b"\n") == 1  # no bar where there is no terminal
+    assert len(by_id(folder / "out")) == 10
+    summary = json.loads((folder / "summary").read_bytes())
+    assert (summary["completed"], summary["stopped"]) == (10, None)
+    assert summary["runner"]["done"] == 10
+    again = run(folder, "--quiet", "--summary", "-")
+    assert (again.returncode, again.stderr) == (0, b"")
+    assert json.loads(again.stdout)["skipped"] == 10
+
+
+def test_through_pipes(folder: Path) -> None:
+    done = run(folder, "-i", "-", "-o", "-", "-q", stdin=(folder / "in").read_bytes() + b"rubbish\n")
+    assert done.returncode == 3
+    assert len(done.stdout.splitlines()) == 11
+
+
+def test_flags(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--max-model-len", 40, "--max-num-batched-tokens", 64, "--seed", 3, "--served-model-name", "m", "-c", 600]
+    flags += ["--kv-cache-dtype", "q8_0", "--temperature", 0, "--max-tokens", 7, "--store", folder / "blocks"]
+    write(folder / "in", [chat("a", "the"), chat("b", "the and of " * 20)])
+    assert main(command(folder, *flags)) == 3
+    found = by_id(folder / "out")
+    assert found["a"]["response"]["body"]["model"] == "m"
+    assert found["a"]["response"]["body"]["usage"]["completion_tokens"] <= 7
+    assert found["b"]["error"]["code"] == "context_length_exceeded"
+    assert (folder / "blocks").is_dir()
+    assert main(command(folder)) == 1  # another run
+    assert "type_k was 'q8_0', now 'f16'" in capsys.readouterr().err
+    assert main(command(folder, "--no-resume")) == 0
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("-i", "none"), ("-m", "none"), ("--metrics-port", "99999"), ("--max-num-seqs", "0"), ("--kv-cache-dtype", "f99")],
+)
+def test_errors_are_sentences(folder: Path, words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(command(folder, *words)) == 1
+    assert capsys.readouterr().err.startswith("llamastate: ")
+    assert not (folder / "out").exists()
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_ended_by_a_signal(tmp_path: Path, number: signal.Signals, status: int) -> None:
+    write(tmp_path / "in", [chat(f"r{i}", f"the and of {i}", max_tokens=200, ignore_eos=True) for i in range(300)])
+    words = [sys.executable, "-m", "llamastate", *command(tmp_path)]
+    out = tmp_path / "out"
+    with subprocess.Popen(words, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+        while not out.exists() or out.stat().st_size < 5000:
+            assert process.poll() is None
+        process.send_signal(number)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == status
+    assert f"stopped by {number.name}" in err
+    assert "the same command goes on" in err
+    assert 0 < len(by_id(out)) < 300
+
+
+def test_a_terminal_gets_a_bar(folder: Path) -> None:
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
+    words = [sys.executable, "-m", "llamastate", *command(folder)]
+    with subprocess.Popen(words, cwd=ROOT, stderr=theirs) as process:
+        os.close(theirs)
+        shown = b""
+        while True:
+            try:
+                if not (piece := os.read(ours, 4096)):
+                    break
+            except OSError:  # how Linux ends a terminal
+                break
+            shown += piece
+    os.close(ours)
+    assert process.returncode == 0
+    assert b"10/10" in shown
+    assert b"tok/s" in shown
+
+
+def test_metrics(folder: Path) -> None:
+    from tests.helpers import model
+
+    registry = CollectorRegistry()
+    with BatchRunner(model("dense", vocab="spm"), n_parallel=4, n_ctx=1024, n_threads=1) as runner:
+        metrics = BatchMetrics(runner, registry)
+        server = serve(0, registry=registry)
+        try:
+            run_batch(folder / "in", folder / "out", runner=runner, on_result=metrics.observe)
+            url = f"http://127.0.0.1:{server.server_port}/metrics"
+            with urllib.request.urlopen(url, timeout=10) as answer:
+                shown = answer.read().decode()
+            with pytest.raises(FileAccessError):
+                serve(server.server_port, registry=registry)
+        finally:
+            server.shutdown()
+            server.server_close()
+        stats = runner.stats
+        values = dict(raw.rsplit(" ", 1) for raw in shown.splitlines() if not raw.startswith("#"))
+        assert float(values['llamastate:requests_total{status="ok"}']) == 10
+        assert float(values["llamastate:prompt_tokens_total"]) == stats.prompt_tokens > 0
+        assert float(values["llamastate:prompt_tokens_cached_total"]) == stats.cached_tokens > 0
+        assert float(values["llamastate:time_to_first_token_seconds_count"]) == 10
+        assert 0 <= float(values["llamastate:kv_cache_usage_ratio"]) <= 1
+        for name in values:
+            assert re.sub(r"({.*|_bucket|_count|_sum|_created)+$", "", name) in str(documentation)
