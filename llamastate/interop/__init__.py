@@ -5,5 +5,8 @@
 `watch`         what is known of a Llama's sequence
 `takeover`      the methods of a Llama that we take part in
 `states`        its ``LlamaState``, taken and put back
+`ray`           Ray Data: processors of datasets, prefixes for all actors
+`rayactor`      what runs in Ray's workers
+`rayrows`       rows to requests, results to columns
 ==============  ========================================================================================================
 """

@@ -320,7 +320,7 @@ class _Postprocess:
         self._fn = fn
 
     def __call__(self, row: Row) -> Row:
-        if row["__inference_error__"] is not None:
+        if row["__inference_error__"]:
             return row
         return {**self._fn(row), "__inference_error__": None}
 

@@ -79,7 +79,7 @@ class Worker:
         if self._failure is not None:
             raise of_user_code(self._failure)
         answers: list[dict[str, Any]] = [{}] * table.num_rows
-        for result in self._runner.run(self._reader.read(table)):
+        for result in self._runner.run(self._reader.read(table, answers)):
             if result.error is not None and not self._config.should_continue_on_error:
                 raise of_user_code(result.error)
             index, facts = rayrows.answer(result)

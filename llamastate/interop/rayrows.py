@@ -134,15 +134,19 @@ class Reader:
         self._defaults = Defaults(seed=seed, max_tokens=16)
         self._n_rows = 0
 
-    def read(self, table: pa.Table) -> Iterable[Request | Malformed]:
-        """A request for each row, as it is asked for."""
-        found = table.select([name for name in INPUTS if name in table.column_names])
+    def read(self, table: pa.Table, answers: list[dict[str, Any]]) -> Iterable[Request | Malformed]:
+        """A request for each row, as it is asked for. Rows that have failed before are answered at once."""
+        found = table.select([name for name in (*INPUTS, ERROR) if name in table.column_names])
         asked: Counter[bytes] = Counter()
         for index, row in enumerate(found.to_pylist()):
-            yield self._request(row, index, asked)
+            number, self._n_rows = self._n_rows, self._n_rows + 1
+            if row.get(ERROR):
+                text = row.get("prompt")
+                answers[index] = _unanswered(number, text if isinstance(text, str) else None, row[ERROR])
+            else:
+                yield self._request(row, index, number, asked)
 
-    def _request(self, row: Mapping[str, Any], index: int, asked: Counter[bytes]) -> Request | Malformed:
-        number, self._n_rows = self._n_rows, self._n_rows + 1
+    def _request(self, row: Mapping[str, Any], index: int, number: int, asked: Counter[bytes]) -> Request | Malformed:
         text = row.get("prompt")
         meta = _Asked(index, number, text if isinstance(text, str) else None, "")
         try:
@@ -288,21 +292,14 @@ def answer(result: Result) -> tuple[int, dict[str, Any]]:
     """Which row it is of, and its columns."""
     asked: _Asked = result.meta
     error = result.error
-    facts: dict[str, Any] = {
-        "prompt": asked.prompt,
-        "prompt_token_ids": result.prompt_tokens,
-        "num_input_tokens": len(result.prompt_tokens),
-        "generated_tokens": [],
-        "generated_text": "",
-        "num_generated_tokens": 0,
-        "request_id": asked.number,
-        "time_taken_llm": result.times.total,
-        "params": asked.params,
-        "embeddings": result.embedding,
-        ERROR: None if error is None else f"{type(error).__name__}: {error}",
-    }
+    facts = _unanswered(asked.number, asked.prompt, None if error is None else f"{type(error).__name__}: {error}")
+    facts["prompt_token_ids"] = result.prompt_tokens
+    facts["num_input_tokens"] = len(result.prompt_tokens)
+    facts["time_taken_llm"] = result.times.total
+    facts["params"] = asked.params
     if error is not None:
         return asked.index, facts
+    facts["embeddings"] = result.embedding
     metrics = {
         "finish_reason": None,
         "num_cached_tokens": result.n_cached,
@@ -320,6 +317,21 @@ def answer(result: Result) -> tuple[int, dict[str, Any]]:
         if output.logprobs is not None:
             facts["logprobs"] = [_scored(one) for one in output.logprobs]
     return asked.index, facts
+
+
+def _unanswered(number: int, prompt: str | None, error: str | None) -> dict[str, Any]:
+    return {
+        "prompt": prompt,
+        "prompt_token_ids": [],
+        "num_input_tokens": 0,
+        "generated_tokens": [],
+        "generated_text": "",
+        "num_generated_tokens": 0,
+        "request_id": number,
+        "time_taken_llm": 0.0,
+        "params": "",
+        ERROR: error,
+    }
 
 
 def _scored(one: TokenLogprob) -> dict[str, Any]:
