@@ -24,7 +24,15 @@ if TYPE_CHECKING:
     from llamastate.layout import Schema
     from llamastate.state import StateAPI
 
-__all__ = ["cells_of_others", "check_base", "copy_sequence", "empty_sequence", "put_own", "replace_sequence"]
+__all__ = [
+    "cells_of_others",
+    "check_base",
+    "copy_sequence",
+    "count_room",
+    "empty_sequence",
+    "put_own",
+    "replace_sequence",
+]
 
 
 class Room(NamedTuple):
@@ -84,7 +92,7 @@ def replace_sequence(
     empty = ctx._span(dest) == (-1, -1)
     # Onto positions that were moved, or cells of images, a partial state may turn out not to fit what is before it
     uncertain = partial and (handle.moved_cells or ctx.schema.m_rope)
-    room = None if empty or (_obviously_fits(ctx, info, dest) and not uncertain) else _count_room(ctx, dest)
+    room = None if empty or (_obviously_fits(ctx, info, dest) and not uncertain) else count_room(ctx, dest)
     if room is not None:
         for needed, available in ((info.n_cells, room.base), (info.n_window_cells, room.window)):
             if needed > available:
@@ -254,7 +262,7 @@ def empty_sequence(ctx: StateAPI, *taken: int) -> int | None:
     )
 
 
-def _count_room(ctx: StateAPI, dest: int) -> Room:
+def count_room(ctx: StateAPI, dest: int) -> Room:
     """Count the cells that are free, or would be if ``dest`` were emptied.
 
     Costs a copy of the whole context's state: nothing else in llama.cpp's interface tells which cells are shared.

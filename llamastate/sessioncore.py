@@ -6,7 +6,7 @@ import contextlib
 import threading
 from collections.abc import Callable, Iterator
 from itertools import pairwise
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +26,7 @@ from llamastate.exactness import can_trim
 from llamastate.flags import SeqFlags
 from llamastate.history import Checkpoint, History, Plan
 from llamastate.lifetimes import Closing
-from llamastate.restore import cells_of_others, empty_sequence, put_own
+from llamastate.restore import cells_of_others, count_room, empty_sequence, put_own
 from llamastate.state import StateAPI
 
 if TYPE_CHECKING:
@@ -36,10 +36,10 @@ __all__ = ["SessionCore", "check_label", "common_prefix", "count"]
 
 
 class Kept(NamedTuple):
-    """All that a failed operation needs to be undone."""
+    """All that a failed operation needs to be undone; no state of an empty sequence."""
 
     tokens: Int32Array
-    state: npt.NDArray[np.uint8]
+    state: npt.NDArray[np.uint8] | None
     logits: npt.NDArray[np.float32] | None
 
 
@@ -122,6 +122,11 @@ class SessionCore(Closing):
             self._history.replace([])
             while self._at_close:
                 self._at_close.pop()()
+
+    def __reduce_ex__(self, protocol: object) -> Any:
+        raise TypeError(
+            "a session cannot be copied or pickled: branch() continues elsewhere, snapshot() can be pickled"
+        )
 
     def _check_open(self) -> None:
         if self._closed:
@@ -281,7 +286,7 @@ class SessionCore(Closing):
         point.kind = "full" if full else "partial"
         # The last token can be trimmed and decoded again to get its logits, but not out of a recurrent state.
         recurrent = self.ctx.model.is_recurrent or self.ctx.model.is_hybrid
-        if recurrent and not point.automatic and self._has_logits:
+        if recurrent and self._has_logits:
             point.logits = self._logits.copy()
 
     def _forget_future(self, n_tokens: int | None = None) -> None:
@@ -357,9 +362,12 @@ class SessionCore(Closing):
         old = self._tokens
         with contextlib.ExitStack() as stack:
             twin = logits = None
-            if self._is_in_doubt(n) and (twin := empty_sequence(self.ctx, self.seq_id)) is not None:
-                # A second owner for the cells. Nobody else may come across it.
+            if self._is_in_doubt(n):
                 stack.enter_context(self.ctx._handle)
+                if count_room(self.ctx, self.seq_id).base < self.n_past:
+                    twin = empty_sequence(self.ctx, self.seq_id)
+            if twin is not None:
+                # A second owner for the cells. Nobody else may come across it.
                 stack.callback(self.ctx.seq_rm, twin)
                 self.ctx.seq_cp(self.seq_id, twin)
                 logits = self._logits.copy() if self._has_logits else None
@@ -385,20 +393,23 @@ class SessionCore(Closing):
         shares = ctx._params.get("kv_unified") and self.seq_id in ctx._handle.shared
         if not self.n_past or kind == "recurrent" or not shares:
             return False
-        if kind not in ("attention", "hybrid") or ctx.schema.m_rope or ctx._handle.moved_cells:
+        if ctx.schema.m_rope or ctx._handle.moved_cells:
             return True  # cells cannot be counted by tokens there
         return cells_of_others(ctx, self.seq_id) + max(n, self.n_past) > ctx.limits.base_cells
 
     def _keep(self) -> Kept:
         return Kept(
             self._tokens,
-            self.ctx.state_seq_get_data(self.seq_id),
+            self.ctx.state_seq_get_data(self.seq_id) if self.n_past else None,
             self._logits.copy() if self._has_logits else None,
         )
 
     def _put_back(self, kept: Kept) -> None:
         try:
-            self.ctx.state_seq_set_data(kept.state, self.seq_id)
+            if kept.state is None:
+                self.ctx.seq_rm(self.seq_id)
+            else:
+                self.ctx.state_seq_set_data(kept.state, self.seq_id)
         except LlamaStateError:
             # Somebody else took the cells meanwhile, and the tokens are all that is left: an empty session is in step.
             self.ctx.seq_rm(self.seq_id)

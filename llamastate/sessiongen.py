@@ -146,6 +146,7 @@ class SessionGeneration(SessionIO):
             self._check_step()
             if limit:
                 self._need_logits()
+                self._anchor()  # for another answer to the same prompt
         while len(made) < limit and text.stopped is None and not stopped():
             with self._turn():
                 self._check_step()

@@ -80,8 +80,12 @@ class SessionStore(SessionCore):
 
     def _is_worth_it(self, store: Prefixes, ids: Int32Array, base: int) -> bool:
         """Whether a prefix in the store beats going on from the ``base`` tokens that are had without decoding."""
-        if base >= len(ids) or self._is_in_doubt(len(ids)):
-            return False  # nothing to gain, or what the sequence holds might not be put back
+        if base >= len(ids):
+            return False
+        # what the sequence holds might not be put back: a window that is shared takes more cells once it is not
+        window = self.n_past and self.ctx.model.n_swa and self.seq_id in self.ctx._handle.shared
+        if window or self._is_in_doubt(len(ids)):
+            return False
         if not self.n_past:
             return True  # nothing is lost by trying
         try:
@@ -100,7 +104,7 @@ class SessionStore(SessionCore):
         """
         with self._all_or_nothing():
             n, kept = self._load_prefix(store, ids, base)
-            if n:
+            if n and kept is not None:
                 try:
                     self._forget_future(shared)
                     self._anchor()
@@ -115,7 +119,7 @@ class SessionStore(SessionCore):
         if store is not None and plan.replay and self._is_worth_it(store, tokens, plan.base):
             with self._all_or_nothing():
                 n, kept = self._load_prefix(store, tokens, plan.base)
-                if n:
+                if n and kept is not None:
                     try:
                         self._anchor()
                         self._advance(tokens[n:])
@@ -125,13 +129,17 @@ class SessionStore(SessionCore):
                     return len(tokens) - n
         return super()._carry_out(plan, tokens)
 
-    def _load_prefix(self, store: Prefixes, ids: Int32Array, base: int) -> tuple[int, Kept]:
+    def _load_prefix(self, store: Prefixes, ids: Int32Array, base: int) -> tuple[int, Kept | None]:
         """Put the longest stored prefix into the sequence; its length, and what was there before.
 
         0 if there was none of more than ``base`` tokens, or something went wrong: the sequence is as it was then.
         """
         with self.ctx._handle:  # nobody may take the cells that are given back for a moment
-            kept = self._keep()
+            try:
+                kept = self._keep()
+            except Exception as error:  # a state that cannot be taken now: then it cannot be replaced either
+                self._complain("keep what there was", error)
+                return 0, None
             try:
                 n = self._try_load(store, ids, base)
             except BaseException:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import copy
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -398,3 +400,59 @@ def test_close_leaves_what_is_not_its_own() -> None:
         last = Session(ctx, tokens=[4])
     last.close()
     assert last.closed
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_another_answer_decodes_nothing_again(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Back to the end of the prompt: what an answer begins with is remembered unasked."""
+    with context(kind) as ctx:
+        session = Session(ctx)
+        session.feed(tokens(50))
+        first = session.generate(60).tokens
+        assert session.rollback(50) == 0
+        if ctx.model.is_recurrent or ctx.model.is_hybrid:
+            monkeypatch.setattr(Session, "_decode", None)
+        assert_same_logits(session.logits, fresh(kind, tokens(50)))
+        monkeypatch.undo()
+        assert session.generate(60).tokens == first
+
+
+ATTEMPTS: dict[str, Any] = {
+    "logits": lambda session: session.logits,
+    "rollback": lambda session: session.rollback(100),
+    "sync": lambda session: session.sync([*session.tokens[:100], *tokens(80, 4)]),
+}
+
+
+@pytest.mark.parametrize("kind", ["dense", "iswa", "jamba", "lfm2swa", "mamba"])
+@pytest.mark.parametrize("what", ATTEMPTS)
+def test_a_branch_in_a_full_pool_stays_as_it_is(kind: str, what: str) -> None:
+    """What it gives up to go back it could not have again: the other keeps the cells that both share."""
+    with context(kind, n_ctx=256, n_seq_max=3, n_batch=32) as ctx:
+        session = Session(ctx, checkpoint_every=0)
+        session.feed(tokens(10, 1))
+        session.checkpoint()
+        session.feed(tokens(150, 2))
+        other = session.branch(1)
+        other.feed(tokens(96, 3))
+        wholes = [session.tokens, other.tokens]
+        session._has_logits = False
+        try:
+            ATTEMPTS[what](session)
+        except NoKVSlotError:
+            assert session.tokens.tolist() == wholes[0].tolist()
+        assert [ctx.seq_pos_max(seq) for seq in range(3)] == [session.n_past - 1, 255, -1]
+        assert_same_logits(other.logits, fresh(kind, wholes[1]))
+        other.rollback(0)
+        assert_same_logits(session.logits, fresh(kind, session.tokens))
+        session.undo()
+        assert_same_logits(session.logits, fresh(kind, wholes[0][:10]))
+
+
+def test_a_session_cannot_be_copied() -> None:
+    with context("dense") as ctx:
+        session = Session(ctx)
+        session.feed([1])
+        for how in (copy.copy, copy.deepcopy, pickle.dumps):
+            with pytest.raises(TypeError, match="branch"):
+                how(session)
