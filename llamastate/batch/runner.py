@@ -206,12 +206,12 @@ class BatchRunner(Closing):
             n_spare=n_spare,
             n_cells=self.ctx.n_ctx if bounded and not fixed_shapes else None,
             max_tokens=most,
-            budget=n_batch,
+            budget=self.ctx.n_batch,  # llama.cpp takes no more than there are cells
             fork_anywhere=kind == "attention",
             min_share=8 if kind == "attention" else 32,
             reserve=_within("reserve", reserve, 1, 1 << 30),
             patience=patience,
-            grid=min(128, n_batch) if fixed_shapes else None,
+            grid=min(128, self.ctx.n_batch) if fixed_shapes else None,
         )
         self._parking = Parking(_within("preempt_bytes", preempt_bytes, 0, 1 << 62), spill_folder)
         self._engine = Engine(self.ctx, rules, self._parking, store)
