@@ -49,6 +49,8 @@ _PROTOTYPES: dict[str, tuple[Any, list[Any]]] = {
     ),
     "llama_state_seq_save_file": (c_size_t, [c_void_p, c_char_p, c_int32, c_void_p, c_size_t]),
     "llama_decode": (c_int32, [c_void_p, Batch]),
+    "llama_get_logits_ith": (POINTER(c_float), [c_void_p, c_int32]),
+    "llama_memory_seq_cp": (None, [c_void_p, c_int32, c_int32, c_int32, c_int32]),
     "llama_get_memory": (c_void_p, [c_void_p]),
     "llama_memory_seq_rm": (c_bool, [c_void_p, c_int32, c_int32, c_int32]),
     "llama_sampler_init_greedy": (c_void_p, []),

@@ -1,0 +1,447 @@
+"""The runner: what is asked for comes back, faults stay with their request, and nothing is lost."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import json
+import threading
+import warnings
+
+import numpy as np
+import psutil
+import pytest
+
+from llamastate import SamplingParams
+from llamastate.batch import BatchRunner, Malformed, Request
+from llamastate.errors import (
+    ClosedError,
+    ContextBusyError,
+    DecodeError,
+    InvalidArgumentError,
+    LlamaStateError,
+    SamplerError,
+    TemplateError,
+    TokenizeError,
+)
+from llamastate.prefix import PrefixStore
+from tests.conftest import THREADS
+from tests.helpers import model, tokens
+
+
+@pytest.fixture(scope="module")
+def chat():
+    return model("chat")
+
+
+def runner(m="chat", **params):
+    settings = {"n_parallel": 4, "n_spare": 2, "n_ctx": 1024, "n_threads": THREADS, **params}
+    return BatchRunner(model(m) if isinstance(m, str) else m, **settings)
+
+
+def one(request, **params):
+    with runner(**params) as r:
+        (result,) = r.run([request])
+    return result
+
+
+# --- what is asked for ------------------------------------------------------------------------------------------------
+
+
+def test_text(chat):
+    result = one(Request("a", "the cat is on the", max_tokens=7, meta={"any": "thing"}))
+    assert result.ok
+    assert (result.id, result.meta) == ("a", {"any": "thing"})
+    assert result.prompt_tokens.tolist() == chat.tokenize("the cat is on the").tolist()
+    (output,) = result.outputs
+    assert len(output.tokens) == 7
+    assert result.n_generated == 7
+    assert output.finish_reason == "length"
+    assert output.text == b"".join(chat.token_to_piece(t) for t in output.tokens).decode("utf-8", "replace")
+    assert 0 <= result.times.queued <= result.times.first_token <= result.times.total
+
+
+def test_messages(chat):
+    messages = [{"role": "user", "content": "when was it"}]
+    result = one(Request("a", messages, max_tokens=3))
+    text = chat.apply_chat_template(messages)
+    assert result.prompt_tokens.tolist() == chat.tokenize(text, add_special=False, parse_special=True).tolist()
+
+
+def test_echo(chat):
+    prompt = "that is the"
+    result = one(Request("a", prompt, max_tokens=3, echo=True, logprobs=1))
+    assert result.outputs[0].text.startswith(prompt)
+    assert result.n_cached == 0
+    scores = result.prompt_logprobs
+    assert scores[0] is None
+    assert [s.token for s in scores[1:]] == result.prompt_tokens[1:].tolist()
+    assert all(s.logprob <= s.top[0][2] <= 0 for s in scores[1:])
+
+
+def test_stop(chat):
+    free = one(Request("a", "the", max_tokens=20)).outputs[0]
+    stop = free.text[3:6]
+    output = one(Request("a", "the", max_tokens=20, stop=(stop, "never"))).outputs[0]
+    assert output.finish_reason == "stop"
+    assert output.text == free.text[: free.text.index(stop)]
+    assert output.tokens.tolist() == free.tokens[: len(output.tokens)].tolist()
+    assert len(output.tokens) < 20
+
+
+def test_the_model_ends(chat):
+    ends = SamplingParams(logit_bias={chat.eos: 1000.0})
+    output = one(Request("a", "the", sampling=ends)).outputs[0]
+    assert (output.finish_reason, output.text, len(output.tokens)) == ("stop", "", 0)
+    output = one(Request("a", "the", sampling=ends, ignore_eos=True, max_tokens=5)).outputs[0]
+    assert (output.finish_reason, len(output.tokens)) == ("length", 5)
+
+
+def test_logprobs(chat):
+    output = one(Request("a", "the", max_tokens=4, logprobs=3)).outputs[0]
+    assert len(output.logprobs) == 4
+    for score, token in zip(output.logprobs, output.tokens, strict=True):
+        assert score.token == token == score.top[0][0]  # greedy
+        assert score.logprob == score.top[0][2]
+        assert [t[2] for t in score.top] == sorted((t[2] for t in score.top), reverse=True)
+        assert sum(np.exp(t[2]) for t in score.top) <= 1
+        assert score.piece == chat.token_to_piece(int(token), special=True)
+
+
+def test_grammar_and_bias():
+    grammar = SamplingParams(grammar='root ::= "the " ("cat" | "dog")')
+    output = one(Request("a", "it is ", max_tokens=30, sampling=grammar)).outputs[0]
+    assert output.text in ("the cat", "the dog")
+    assert output.finish_reason == "stop"
+
+
+def test_no_tokens_wanted():
+    result = one(Request("a", "the cat", max_tokens=0, n=2))
+    assert [(o.index, o.text, len(o.tokens), o.finish_reason) for o in result.outputs] == [
+        (0, "", 0, "length"),
+        (1, "", 0, "length"),
+    ]
+
+
+def test_seeds():
+    def text(seed, n):
+        sampling = SamplingParams(temperature=2.0, seed=seed)
+        return one(Request("a", "the", n=n, max_tokens=6, sampling=sampling), fixed_shapes=True, n_ctx=2048).outputs
+
+    several = text(5, 3)
+    assert [o.index for o in several] == [0, 1, 2]
+    assert several[1].text == text(6, 1)[0].text
+    assert len({o.text for o in several}) > 1
+
+
+def test_as_long_as_the_cache_is():
+    result = one(Request("a", tokens(250), max_tokens=100), m="dense", n_ctx=256)
+    assert result.outputs[0].finish_reason == "full"
+    assert len(result.outputs[0].tokens) == 256 - 250 + 1
+    result = one(Request("a", tokens(256), max_tokens=1), m="dense", n_ctx=256)
+    assert len(result.outputs[0].tokens) == 1
+
+
+def test_priority_and_order():
+    requests = [Request(str(i), tokens(10, i), max_tokens=2, priority=i % 2) for i in range(6)]
+    with runner("dense", n_parallel=1) as r:
+        assert [x.id for x in r.run(requests)] == ["1", "3", "5", "0", "2", "4"]
+
+
+# --- faults -----------------------------------------------------------------------------------------------------------
+
+BAD = {
+    "too long": (Request("", tokens(2000)), InvalidArgumentError),
+    "no room for a token": (Request("", tokens(1024), max_tokens=9), InvalidArgumentError),
+    "empty text": (Request("", ""), InvalidArgumentError),
+    "no tokens": (Request("", []), InvalidArgumentError),
+    "no messages": (Request("", ()), InvalidArgumentError),
+    "no such token": (Request("", [1, 2, 10**6]), TokenizeError),
+    "lone surrogate": (Request("", "\ud800"), TokenizeError),
+    "not a prompt": (Request("", 3.5), LlamaStateError),
+    "message without role": (Request("", [{"content": object()}]), TemplateError),
+    "grammar": (Request("", "the", sampling=SamplingParams(grammar="root ::= (")), SamplerError),
+    "bias": (Request("", "the", sampling=SamplingParams(logit_bias={10**6: 1.0})), SamplerError),
+    "all forbidden": (
+        Request("", "the", sampling=SamplingParams(logit_bias=dict.fromkeys(range(model("chat").n_vocab), -np.inf))),
+        SamplerError,
+    ),
+    "max_tokens": (Request("", "the", max_tokens=-1), InvalidArgumentError),
+    "max_tokens of a bad type": (Request("", "the", max_tokens="7"), InvalidArgumentError),
+    "n": (Request("", "the", n=0), InvalidArgumentError),
+    "logprobs": (Request("", "the", logprobs=10**6), InvalidArgumentError),
+    "stop": (Request("", "the", stop=("",)), InvalidArgumentError),
+    "stop of a bad type": (Request("", "the", stop="the"), InvalidArgumentError),
+    "sampling": (Request("", "the", sampling={"temperature": 1}), InvalidArgumentError),
+    "kind": (Request("", "the", kind="rank"), InvalidArgumentError),
+    "embedding too long": (Request("", tokens(5000), kind="embed"), InvalidArgumentError),
+    "malformed": (Malformed("", SamplerError("so it is")), SamplerError),
+    "no request": ("the", InvalidArgumentError),
+}
+
+
+@pytest.fixture(scope="module")
+def faulty():
+    """All of them in one run, between sound ones."""
+    items = []
+    for name, (item, _) in BAD.items():
+        if isinstance(item, Request):
+            item = Request(name, *(getattr(item, f) for f in list(Request.__slots__)[1:]))
+        elif isinstance(item, Malformed):
+            item = Malformed(name, item.error)
+        items += [Request(f"sound {len(items)}", f"that {len(items)} is", max_tokens=5), item]
+    with runner() as r:
+        return {result.id: result for result in r.run(items)}, r.stats
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_fault_is_its_own(faulty, name):
+    results, _ = faulty
+    result = results["" if name == "no request" else name]
+    assert isinstance(result.error, BAD[name][1])
+    assert not result.ok
+    assert result.outputs == ()
+    assert result.error.__traceback__ is None
+
+
+def test_and_nobody_elses(faulty):
+    results, stats = faulty
+    sound = [r for r in results.values() if r.id.startswith("sound")]
+    assert len(sound) == len(BAD)
+    assert all(r.ok and len(r.outputs[0].tokens) == 5 for r in sound)
+    assert (stats.done, stats.failed) == (len(BAD), len(BAD))
+
+
+def test_reading_fails():
+    """What had been read is done, and then the reader's error is told."""
+
+    def requests():
+        for i in range(10):
+            yield Request(str(i), tokens(10, i), max_tokens=3)
+        raise OSError("the disk is gone")
+
+    with runner("dense") as r:
+        results = r.run(requests())
+        got = [next(results).id for _ in range(10)]
+        with pytest.raises(OSError, match="the disk is gone"):
+            next(results)
+    assert sorted(got) == [str(i) for i in range(10)]
+
+
+def test_a_decode_that_fails(monkeypatch):
+    """llama.cpp gives up once: those in that batch fail, the others go on."""
+    with runner("dense") as r:
+        real, calls = r.ctx._decode, []
+
+        def decode(*columns):
+            calls.append(len(columns[0]))
+            if len(calls) == 3:
+                raise DecodeError("out of luck", code=-3, n_tokens=calls[-1])
+            return real(*columns)
+
+        monkeypatch.setattr(r.ctx, "_decode", decode)
+        results = list(r.run(Request(str(i), tokens(10, i), max_tokens=4) for i in range(12)))
+        assert len(results) == 12
+        assert {type(x.error) for x in results if x.error} == {DecodeError}
+        assert sum(x.ok for x in results) == 8
+        assert [r.ctx.seq_pos_max(s) for s in range(4)] == [-1] * 4
+
+
+def test_a_store_that_fails(monkeypatch):
+    with PrefixStore(None, block_tokens=8) as store, runner("dense", store=store) as r:
+        monkeypatch.setattr(store, "put", lambda *a: (_ for _ in ()).throw(OSError("no disk")))
+        with pytest.warns(RuntimeWarning, match="without its prefix store: no disk"):
+            results = list(r.run(Request(str(i), tokens(20, i), max_tokens=2) for i in range(6)))
+        assert all(x.ok for x in results)
+
+
+def test_little_memory_and_many_requests():
+    """Ten thousand, and room for few: they are read as there is room, in memory that does not grow."""
+    read = 0
+    process = psutil.Process()
+
+    def requests():
+        nonlocal read
+        for i in range(10_000):
+            read += 1
+            yield Request(str(i), [i % 200, i // 200, 7], max_tokens=1 + i % 3)
+
+    with runner("dense", n_ctx=256, n_parallel=64, reserve=1) as r:
+        n, ahead, sizes = 0, 0, []
+        for result in r.run(requests()):
+            assert result.ok
+            n += 1
+            ahead = max(ahead, read - n)
+            if n % 1000 == 0:
+                gc.collect()
+                sizes.append(process.memory_info().rss)
+        assert n == 10_000
+        assert ahead <= 4 * 64 + 2 * 64 + 1  # the window, what runs, and what is done but not handed over
+        assert sizes[-1] - sizes[2] < 8 << 20
+        assert r.stats.kv_usage <= 1
+
+
+# --- stopping, closing, threads ---------------------------------------------------------------------------------------
+
+
+def endless():
+    i = 0
+    while True:
+        yield Request(str(i), tokens(12, i), max_tokens=20)
+        i += 1
+
+
+def test_stop_in_the_middle():
+    with runner("dense") as r:
+        done = []
+        for result in r.run(endless()):
+            done.append(result.id)
+            if len(done) == 10:
+                r.stop()
+        left = [q.id for q in r.unfinished]
+        assert left
+        assert not set(left) & set(done)
+        n = len(left) + len(done)
+        assert sorted(map(int, [*left, *done])) == list(range(n))  # nothing lost, nothing twice
+        again = {result.id for result in r.run(r.unfinished)}
+        assert again == set(left)
+        assert r.unfinished == ()
+
+
+def test_stop_from_a_thread():
+    with runner("dense") as r:
+        timer = threading.Timer(0.2, r.stop)
+        timer.start()
+        n = sum(1 for _ in r.run(endless()))
+        timer.join()
+        assert n > 0
+
+
+def test_given_up():
+    with runner("dense") as r:
+        results = r.run(Request(str(i), tokens(12, i), max_tokens=3) for i in range(12))
+        first = next(results).id
+        results.close()
+        left = {q.id for q in r.unfinished}
+        assert left
+        assert left <= {str(i) for i in range(12)}
+        assert first in left  # nobody has said that it was taken care of
+        assert r.stats.running == r.stats.waiting == 0
+        assert len(list(r.run([Request("x", tokens(5), max_tokens=2)]))) == 1
+
+
+def test_one_run_at_a_time():
+    with runner("dense") as r:
+        first = r.run(endless())
+        next(first)
+        with pytest.raises(ContextBusyError):
+            next(r.run([]))
+        first.close()
+        assert list(r.run([])) == []
+
+
+def test_closed():
+    r = runner("dense")
+    r.close()
+    r.close()
+    assert r.closed
+    with pytest.raises(ClosedError):
+        next(r.run([Request("a", [1])]))
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"n_parallel": 0},
+        {"n_parallel": 1000},
+        {"n_parallel": 1.5},
+        {"n_spare": -1},
+        {"n_ctx": -1},
+        {"window": 0},
+        {"patience": -1},
+        {"reserve": 0},
+        {"preempt_bytes": -1},
+        {"n_batch": 0},
+    ],
+)
+def test_bad_parameters(params):
+    with pytest.raises(InvalidArgumentError):
+        runner("dense", **params)
+
+
+def test_two_threads_two_runners():
+    found = {}
+
+    def work(name):
+        with runner("dense") as r:
+            found[name] = [x.outputs[0].tokens.tolist() for x in r.run([Request("a", tokens(30), max_tokens=9)])]
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found[0] == found[1]
+
+
+def test_asyncio():
+    async def requests():
+        for i in range(9):
+            await asyncio.sleep(0)
+            yield Request(str(i), tokens(10, i), max_tokens=3)
+
+    async def main():
+        with runner("dense") as r:
+            from_async = [x.id async for x in r.arun(requests())]
+            from_list = [x.id async for x in r.arun([Request("a", [1, 2])])]
+            ticks = 0
+
+            async def tick():
+                nonlocal ticks
+                while True:
+                    ticks += 1
+                    await asyncio.sleep(0)
+
+            ticker = asyncio.create_task(tick())
+
+            async def consume():
+                async for _ in r.arun(endless()):
+                    pass
+
+            task = asyncio.create_task(consume())
+            await asyncio.sleep(0.2)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            ticker.cancel()
+            assert ticks > 10
+            assert r.unfinished
+            return from_async, from_list
+
+    from_async, from_list = asyncio.run(main())
+    assert sorted(from_async) == [str(i) for i in range(9)]
+    assert from_list == ["a"]
+
+
+def test_figures():
+    with runner("dense") as r:
+        shared = tokens(100)
+        requests = [Request(str(i), [*shared.tolist(), i], max_tokens=3) for i in range(8)]
+        results = list(r.run(requests))
+        s = r.stats
+    assert (s.done, s.failed, s.running, s.waiting, s.parked) == (8, 0, 0, 0, 0)
+    assert s.prompt_tokens == 8 * 101
+    assert s.cached_tokens == 7 * 100 == sum(x.n_cached for x in results)
+    assert s.generated_tokens == 24
+    assert s.decoded_tokens == 100 + 8 + 8 * 2
+    assert s.forks == 7
+    assert s.hit_rate == s.cached_tokens / s.prompt_tokens
+    assert json.dumps(s.decodes)
+    assert min(s.decode_seconds, s.sample_seconds, s.schedule_seconds, s.prepare_seconds) > 0
+
+
+def test_nothing_is_warned_of():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        one(Request("a", tokens(5), max_tokens=2), m="dense")
+        gc.collect()
