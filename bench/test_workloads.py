@@ -106,21 +106,21 @@ def compare(claim, served, folder: Path) -> Callable[..., None]:
 
 def test_prefix_repetition(compare):
     prefixes = [random_tokens(256, 1, i) for i in range(10)]
-    prompts = [np.r_[prefixes[i % 10], random_tokens(32, 2, i)] for i in range(30)]
-    compare(80, "prefix repetition: 10 prefixes of 256 tokens, 30 prompts of 32 more, 8 generated", prompts, 8)
+    prompts = [np.r_[prefixes[i % 10], random_tokens(32, 2, i)] for i in range(24)]
+    compare(80, "prefix repetition: 10 prefixes of 256 tokens, 24 prompts of 32 more, 8 generated", prompts, 8)
 
 
 def test_generated_shared_prefix(compare):
-    groups = [random_tokens(512, 3, i) for i in range(4)]
-    prompts = [np.r_[groups[i % 4], random_tokens(32, 4, i)] for i in range(24)]
-    compare(81, "generated shared prefix: 4 system prompts of 512, 6 questions of 32 each, 8 generated", prompts, 8)
+    groups = [random_tokens(512, 3, i) for i in range(3)]
+    prompts = [np.r_[groups[i % 3], random_tokens(32, 4, i)] for i in range(15)]
+    compare(81, "generated shared prefix: 3 system prompts of 512, 5 questions of 32 each, 8 generated", prompts, 8)
 
 
 def test_multi_round_chat(compare):
     """What a server sees: each round comes with all that was said before."""
-    said = [[random_tokens(96, 5, user, turn) for turn in range(5)] for user in range(4)]
-    prompts = [np.concatenate(said[user][: turn + 1]) for turn in range(5) for user in range(4)]
-    compare(82, "multi-round chat: 4 users taking turns, 5 rounds, each 96 tokens longer, 8 generated", prompts, 8)
+    said = [[random_tokens(96, 5, user, turn) for turn in range(5)] for user in range(3)]
+    prompts = [np.concatenate(said[user][: turn + 1]) for turn in range(5) for user in range(3)]
+    compare(82, "multi-round chat: 3 users taking turns, 5 rounds, each 96 tokens longer, 8 generated", prompts, 8)
 
 
 def test_restart_warm(claim, served, folder):

@@ -278,13 +278,17 @@ class DiskTier:
         with self._lock:
             due = time.monotonic() > self._written + TOUCH_SECONDS or len(self._used) > TOUCH_KEYS
         if due:
-            with contextlib.suppress(StoreLockedError):  # somebody is writing: later, then
-                self._quietly(lambda: self._write_touches(wait=False), None, passing=(StoreLockedError,))
+            self._try_touches(wait=False)
 
     def _use(self, keys: Iterable[bytes]) -> None:
         stamp = now()
         with self._lock:
             self._used.update(dict.fromkeys(keys, stamp))
+
+    def _try_touches(self, *, wait: bool) -> None:
+        # Somebody is writing: later, then. The disk takes nothing: whoever puts is told.
+        with contextlib.suppress(StoreLockedError, sqlite3.Error, OSError):
+            self._write_touches(wait=wait)
 
     def _write_touches(self, *, wait: bool) -> None:
         with self._lock:
@@ -404,14 +408,14 @@ class DiskTier:
     def flush(self) -> None:
         """Write down what was used, and move the index's log into its file."""
         self._check_open()
-        self._quietly(lambda: self._write_touches(wait=True), None)
+        self._try_touches(wait=True)
         self._quietly(self._index.database.checkpoint, None)
 
     def close(self) -> None:
         """:meth:`flush`, and let go. Idempotent."""
         if self._closed:
             return
-        self._quietly(lambda: self._write_touches(wait=True), None)
+        self._try_touches(wait=True)
         self._closed = True
         self._index.close()
 
@@ -420,13 +424,11 @@ class DiskTier:
 
     # --- helpers ------------------------------------------------------------------------------------------------------
 
-    def _quietly(self, work: Callable[[], T], otherwise: T, *, passing: tuple[type[Exception], ...] = ()) -> T:
+    def _quietly(self, work: Callable[[], T], otherwise: T) -> T:
         """What must not fail because of the disk: a store that cannot be read is an empty one."""
         self._check_open()
         try:
             return work()
-        except passing:
-            raise
         except (sqlite3.Error, OSError, StoreLockedError) as error:
             self._warn(error)
             return otherwise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 import warnings
 import weakref
@@ -28,6 +29,8 @@ __all__ = ["Levels"]
 
 #: Keys of which it is known that they were read from the disk; about 150 bytes each.
 REMEMBERED = 1 << 16
+
+_alive: weakref.WeakSet[Levels] = weakref.WeakSet()
 
 
 class Levels:
@@ -57,6 +60,13 @@ class Levels:
         if write_behind and (disk is not None or remote is not None):
             # not a bound method: the thread must not keep what it writes for alive
             self._behind = WriteBehind(_writer(weakref.ref(self)))
+        _alive.add(self)
+
+    def _after_fork(self) -> None:
+        # A thread that is not here may have been inside, and what waits to be written is the parent's to write.
+        self._lock = threading.Lock()
+        self._counters.reset_lock()
+        self.ram.forget()
 
     def _all(self) -> Iterator[Tier | RamTier]:
         yield self.ram
@@ -235,3 +245,11 @@ def _writer(levels: weakref.ref[Levels]) -> Callable[[Entry], None]:
             alive._write_quietly(entry)
 
     return write
+
+
+def _forked() -> None:
+    for levels in list(_alive):
+        levels._after_fork()
+
+
+os.register_at_fork(after_in_child=_forked)

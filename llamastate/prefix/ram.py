@@ -28,10 +28,14 @@ class RamTier:
 
     def __init__(self, ram_bytes: int) -> None:
         self.capacity = ram_bytes
-        self.nbytes = 0
-        self.anchor_bytes = 0
         self.evicted = 0
         self.evicted_bytes = 0
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin anew, pins and all: in a child after ``fork()``, where nobody knows what another thread was about."""
+        self.nbytes = 0
+        self.anchor_bytes = 0
         self._lock = threading.Lock()
         self._entries: OrderedDict[bytes, Entry] = OrderedDict()
         self._held: Counter[bytes] = Counter()

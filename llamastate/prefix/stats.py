@@ -88,6 +88,10 @@ class Counters:
     remote_reads: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
+    def reset_lock(self) -> None:
+        """In a child after ``fork()``: who held the lock is not here."""
+        self._lock = threading.Lock()
+
     def add(self, **by: float) -> None:
         """Count so many more; from any thread."""
         with self._lock:

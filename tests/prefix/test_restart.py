@@ -102,6 +102,7 @@ def test_one_bad_block_of_many(tmp_path, at, how, ram_bytes):
     """While it is read ahead, or not: what comes before it is had."""
     with context("iswa", **WAYS["unified"]) as ctx, PrefixStore(tmp_path, block_tokens=BLOCK) as kept:
         fill(kept, ctx, ends=(16, 64, 130, 144))
+        kept.flush()
         keys = [row.key for row in kept._disk.entries() if row.kind == 1]
         assert len(keys) == 9
     files = {key: next(tmp_path.glob(f"blocks/*/{key.hex()}.llblk")) for key in keys}
