@@ -17,6 +17,15 @@ os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))
 os.environ.setdefault("GGML_NO_BACKTRACE", "1")  # an expected abort in a child process must not start a debugger
 
 
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """Leave the tests of devices out where llama.cpp knows none."""
+    if collection_path.name != "test_devices.py":
+        return None
+    from tests import devices  # loads llama.cpp
+
+    return None if devices.gpus() else True
+
+
 @pytest.fixture(scope="session")
 def n_threads() -> int:
     """Threads that a test may compute with."""

@@ -8,12 +8,9 @@ import numpy as np
 import pytest
 
 from llamastate import Context, Model, SeqFlags
-from tests import devices, tiny
+from tests import tiny
 from tests.conftest import THREADS
 from tests.helpers import KINDS, assert_same_logits, follow, nmse, tokens
-
-if not devices.gpus():
-    pytest.skip("llama.cpp knows no GPU here", allow_module_level=True)
 
 every_kind = pytest.mark.parametrize("kind", KINDS)
 #: All layers on the device, and only the last two of them: then a cache lies in two memories.
