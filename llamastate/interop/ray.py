@@ -181,14 +181,19 @@ class Processor:
             When it is executed: a row failed, or a model could not be loaded. It is a :class:`LlamaStateError` of the
             same type, too.
         """
-        from ray.data import ActorPoolStrategy
+        from ray.data import ActorPoolStrategy, TaskPoolStrategy
 
         from llamastate.interop.rayactor import Worker
+        from llamastate.interop.rayrows import pack
 
         config = self.config
-        if self._preprocess is not None:
-            dataset = dataset.map(self._preprocess, **self._preprocess_kwargs)
         low, high = config.concurrency if isinstance(config.concurrency, tuple) else (config.concurrency,) * 2
+        # done by the same tasks as preprocess; without it, by tasks that need no core
+        packing: dict[str, Any] = {"num_cpus": 0, "compute": TaskPoolStrategy(size=high)}
+        if self._preprocess is not None:
+            packing = self._preprocess_kwargs
+            dataset = dataset.map(self._preprocess, **packing)
+        dataset = dataset.map_batches(pack, batch_size=None, batch_format="pyarrow", zero_copy_batch=True, **packing)
         remote = {"max_task_retries": config.max_task_retries, **config.ray_remote_args}
         if config.resources:
             remote["resources"] = dict(config.resources)

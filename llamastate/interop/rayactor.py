@@ -68,7 +68,7 @@ class Worker:
         self._columns = rayrows.schema(embed=embed, logprobs=config.logprobs)
 
     def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
-        """One table, with its answers, in the order of its rows.
+        """One table that :func:`~llamastate.interop.rayrows.pack` has seen, with its answers, in the order of its rows.
 
         Raises
         ------

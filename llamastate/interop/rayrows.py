@@ -26,12 +26,15 @@ from llamastate.words import brief
 if TYPE_CHECKING:
     from llamastate.model import Model
 
-__all__ = ["ERROR", "INPUTS", "Reader", "answer", "append", "schema"]
+__all__ = ["ERROR", "Reader", "answer", "append", "pack", "schema"]
 
-#: What is read of a row; the first of the three that has a value is the prompt.
-INPUTS = ("tokenized_prompt", "messages", "prompt", "sampling_params", "tools", "chat_template_kwargs")
 #: Why a row failed; null if it did not.
 ERROR = "__inference_error__"
+#: What is read of a row as it is.
+_PLAIN = ("prompt", "tokenized_prompt", ERROR)
+#: What has fields of its own, and goes from block to batch as bytes.
+_NESTED = ("messages", "sampling_params", "tools", "chat_template_kwargs")
+_PACKED = "__llamastate_row__"
 
 #: Parameters of vLLM that mean nothing here, as long as they have these values.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -78,9 +81,20 @@ def schema(*, embed: bool, logprobs: bool) -> pa.Schema:
     return pa.schema(columns)
 
 
+def pack(table: pa.Table) -> pa.Table:
+    """The table with a column of all that has fields of its own, as bytes.
+
+    For each block by itself, before Ray joins blocks to batches: there, a struct that is null becomes one of zeros if
+    the other block has more fields, and ``max_tokens`` would be 0.
+    """
+    found = table.select([name for name in _NESTED if name in table.column_names]).to_pylist()
+    packed = [msgspec.msgpack.encode(_without_none(row), enc_hook=_plain) for row in found]
+    return table.append_column(_PACKED, pa.array(packed, pa.binary(), size=table.num_rows))
+
+
 def append(table: pa.Table, answers: list[dict[str, Any]], columns: pa.Schema) -> pa.Table:
     """The table with these columns in place of any of the same names, without a copy of the others."""
-    table = table.drop_columns([name for name in table.column_names if name in columns.names])
+    table = table.drop_columns([name for name in table.column_names if name in (*columns.names, _PACKED)])
     for column in columns:
         values = pa.array((answer.get(column.name) for answer in answers), column.type, size=len(answers))
         table = table.append_column(column, values)
@@ -136,9 +150,10 @@ class Reader:
 
     def read(self, table: pa.Table, answers: list[dict[str, Any]]) -> Iterable[Request | Malformed]:
         """A request for each row, as it is asked for. Rows that have failed before are answered at once."""
-        found = table.select([name for name in (*INPUTS, ERROR) if name in table.column_names])
+        found = table.select([name for name in (*_PLAIN, _PACKED) if name in table.column_names])
         asked: Counter[bytes] = Counter()
         for index, row in enumerate(found.to_pylist()):
+            row.update(msgspec.msgpack.decode(row.pop(_PACKED)))
             number, self._n_rows = self._n_rows, self._n_rows + 1
             if row.get(ERROR):
                 text = row.get("prompt")
@@ -178,11 +193,8 @@ class Reader:
         return "prompt", text, text
 
     def _chat(self, messages: Any, row: Mapping[str, Any]) -> tuple[Int32Array, str]:
-        # Arrow gives each message the fields of all others, and nothing in them
-        body: dict[str, Any] = {"messages": _without_none(messages), "temperature": 0}
-        for name in ("tools", "chat_template_kwargs"):
-            if row.get(name) is not None:
-                body[name] = _without_none(row[name])
+        body: dict[str, Any] = {"messages": messages, "temperature": 0}
+        body |= {name: row[name] for name in ("tools", "chat_template_kwargs") if name in row}
         query = parse(_line("/v1/chat/completions", body, "row"), self._defaults)
         text = self._model.apply_chat_template(query.prompts[0], **query.request.template)
         return self._model.tokenize(text, add_special=False, parse_special=True), text
@@ -203,7 +215,7 @@ class Reader:
             given = {}
         if not isinstance(given, Mapping):
             raise _bad("invalid_parameter", "sampling_params", f"sampling_params is {type(given).__name__}")
-        params = {**self._given, **_without_none(dict(given))}
+        params = {**self._given, **given}
         for name, values in _NEUTRAL.items():
             if name in params:
                 value = params.pop(name)
@@ -248,6 +260,7 @@ def _plain(value: Any) -> Any:
 
 
 def _without_none(value: Any) -> Any:
+    # Arrow gives each row the fields of all others, and nothing in them
     if isinstance(value, Mapping):
         return {name: _without_none(item) for name, item in value.items() if item is not None}
     if isinstance(value, (list, tuple, np.ndarray)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import pickle
 import re
@@ -23,6 +24,8 @@ from llamastate import LlamaStateError, Model, SamplingParams, Snapshot, errors
 from llamastate.batch import BatchRunner, Output, Request, Result
 from llamastate.errors import InvalidArgumentError, InvalidRequestError, ModelLoadError
 from llamastate.interop.ray import ProcessorConfig, build_processor, warm
+from llamastate.interop.rayactor import Given, of_user_code, prefill
+from llamastate.prefix import PrefixStore
 from tests import models, tiny
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -30,7 +33,7 @@ COLUMNS = [
     "prompt", "prompt_token_ids", "num_input_tokens", "generated_tokens", "generated_text", "num_generated_tokens",
     "metrics", "request_id", "time_taken_llm", "params", "__inference_error__",
 ]  # fmt: skip
-ENGINE = {"n_parallel": 4, "n_ctx": 2048, "fixed_shapes": True}
+ENGINE = {"n_parallel": 4, "n_ctx": 8192, "fixed_shapes": True}
 GREEDY = {"temperature": 0, "max_tokens": 6}
 PREFIX = (
     "the of and to in is that it for was on as with he be at by this have from or one had not but all were when " * 8
@@ -73,6 +76,7 @@ def ray() -> Iterator[Any]:
             )
             context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
         try:
             yield ray
         finally:
@@ -173,7 +177,11 @@ def test_before_and_after(ray, config):
     """Rows that sample are drawn alike in every run, and equal ones differ; logprobs; what failed goes past the end."""
     processor = build_processor(
         replace(
-            config, sampling_params={"temperature": 1.5, "logprobs": 2}, logprobs=True, should_continue_on_error=True
+            config,
+            sampling_params={"temperature": 1.5, "logprobs": 2},
+            logprobs=True,
+            should_continue_on_error=True,
+            concurrency=1,
         ),
         preprocess=lambda row: {"prompt": "the of " * row["times"], "sampling_params": {"max_tokens": 9}},
         postprocess=lambda row: {name: row[name] for name in ("number", "generated_tokens", "params", "logprobs")},
@@ -257,7 +265,7 @@ def test_an_actor_that_is_killed(ray, config):
 def test_an_actor_that_cannot_live(ray, config):
     """What kills every actor is tried as often as was said, and then the job fails."""
     config = replace(config, max_task_retries=0, concurrency=1, engine_kwargs={**ENGINE, "n_parallel": 1})
-    rows = [{"prompt": f"the of {i}", "sampling_params": {"max_tokens": 1800}} for i in range(64)]
+    rows = [{"prompt": f"the of {i}", "sampling_params": {"max_tokens": 700}} for i in range(64)]
     dataset = build_processor(config)(ray.data.from_items(rows, override_num_blocks=16))
     with pytest.raises(ray.exceptions.RayError, match=r"died|unavailable"):
         kill_all_the_while(dataset)
@@ -281,27 +289,54 @@ def test_actors_share_a_store(ray, config, tmp_path):
     config = replace(config, batch_size=4, store=tmp_path / "one", remote=str(tmp_path / "remote"))
     cold = answers(ray, build_processor(config), rows)
     n = min(row["num_input_tokens"] for row in cold)
-    here = answers(ray, build_processor(replace(config, remote=None, concurrency=1)), rows)
     # another machine: its own disk, and what all have in common
-    there = answers(ray, build_processor(replace(config, store=tmp_path / "two", concurrency=1)), rows)
-    assert (tmp_path / "two").is_dir()
-    for found in (here, there):
-        assert min(cached(found)) >= n - n % 128 > 0
-        assert [row["generated_tokens"] for row in found] == [row["generated_tokens"] for row in cold]
+    there = answers(ray, build_processor(replace(config, store=tmp_path / "two")), rows)
+    assert min(cached(there)) >= n - n % 128 > 0
+    assert [row["generated_tokens"] for row in there] == [row["generated_tokens"] for row in cold]
+    # and another process on this one
+    with (
+        Model(config.model_source) as model,
+        PrefixStore(tmp_path / "one") as store,
+        BatchRunner(model, n_threads=1, store=store, **config.engine_kwargs) as runner,
+    ):
+        results = list(runner.run(Request(str(i), row["prompt"], max_tokens=6) for i, row in enumerate(rows)))
+    assert min(result.n_cached for result in results) >= n - n % 128
 
 
-@pytest.mark.parametrize("kind", ["chat", "mamba"])
-def test_a_prefix_processed_once_for_all(ray, config, kind):
-    config = replace(config, model_source=tiny.path(kind, vocab="spm"), batch_size=2)
-    prepared = warm(config, PREFIX)
+def test_a_prefix_processed_once_for_all(ray, config):
+    prepared = warm(replace(config, batch_size=2), PREFIX)
     snapshot = ray.get(prepared.prefixes[0])
     assert in_shared_memory(snapshot)
-    n = snapshot.n_tokens
-    assert n % 128 == 0 or kind == "chat"
     prompts = [f"{PREFIX}{i}" for i in range(8)]
     found = answers(ray, build_processor(prepared), [{"prompt": prompt} for prompt in prompts])
-    assert min(cached(found)) >= n - n % 128 > 0
+    assert min(cached(found)) == snapshot.n_tokens == 128
     assert [row["generated_tokens"] for row in found] == [o.tokens.tolist() for o in by_hand(config, prompts)]
+
+
+@pytest.mark.parametrize("kind", ["chat", "iswa", "mamba", "jamba"])
+@pytest.mark.parametrize("fixed_shapes", [False, True])
+def test_given_prefixes(config, kind, fixed_shapes):
+    """Models of all kinds begin with a snapshot as with what they have processed themselves."""
+    path = tiny.path(kind, vocab="spm")
+    config = replace(config, model_source=path, engine_kwargs={**ENGINE, "fixed_shapes": fixed_shapes})
+    chat = [*CHAT[:1], {"role": "user", "content": PREFIX}]
+    prompts: list[Any] = [f"{PREFIX}{i}" for i in range(4)] + ["something else"]
+    prompts += [[*chat, {"role": "assistant", "content": text}] for text in ("the", "of")]
+    snapshots = [prefill(config, prefix)[1] for prefix in (PREFIX, chat, [3, 5, 7] * 50)]
+    with (
+        Model(path) as model,
+        BatchRunner(model, n_threads=1, store=Given(snapshots), **config.engine_kwargs) as runner,
+    ):
+        results = sorted(
+            runner.run(Request(str(i), p, max_tokens=6) for i, p in enumerate(prompts)), key=lambda r: int(r.id)
+        )
+    outputs = by_hand(config, prompts)
+    for i, (result, output) in enumerate(zip(results, outputs, strict=True)):
+        assert result.error is None
+        n = snapshots[0 if i < 4 else 1].n_tokens
+        assert result.n_cached == 0 if i == 4 else result.n_cached >= n > 100
+        if fixed_shapes:
+            assert result.outputs[0].tokens.tolist() == output.tokens.tolist()
 
 
 def in_shared_memory(snapshot: Snapshot) -> bool:
@@ -356,8 +391,6 @@ def test_arguments_that_nobody_takes(name):
 
 
 def test_every_error_of_ours_can_be_one_of_ray():
-    from llamastate.interop.rayactor import of_user_code
-
     for name in errors.__all__:
         error = getattr(errors, name)("so it is")
         there = pickle.loads(pickle.dumps(of_user_code(error)))
