@@ -188,12 +188,12 @@ class Processor:
 
         config = self.config
         low, high = config.concurrency if isinstance(config.concurrency, tuple) else (config.concurrency,) * 2
-        # done by the same tasks as preprocess; without it, by tasks that need no core
-        packing: dict[str, Any] = {"num_cpus": 0, "compute": TaskPoolStrategy(size=high)}
+        # what goes before and after must not wait for cores that the actors have for good
+        light: dict[str, Any] = {"num_cpus": 0, "compute": TaskPoolStrategy(size=high)}
+        before = self._preprocess_kwargs or light
         if self._preprocess is not None:
-            packing = self._preprocess_kwargs
-            dataset = dataset.map(self._preprocess, **packing)
-        dataset = dataset.map_batches(pack, batch_size=None, batch_format="pyarrow", zero_copy_batch=True, **packing)
+            dataset = dataset.map(self._preprocess, **before)
+        dataset = dataset.map_batches(pack, batch_size=None, batch_format="pyarrow", zero_copy_batch=True, **before)
         remote = {"max_task_retries": config.max_task_retries, **config.ray_remote_args}
         if config.resources:
             remote["resources"] = dict(config.resources)
@@ -214,7 +214,7 @@ class Processor:
                 **remote,
             )
         if self._postprocess is not None:
-            dataset = dataset.map(self._postprocess, **self._postprocess_kwargs)
+            dataset = dataset.map(self._postprocess, **(self._postprocess_kwargs or light))
         return dataset
 
 
@@ -236,7 +236,7 @@ def build_processor(
     postprocess : callable, optional
         A row with its answer to the row that is wanted. Rows that failed go past it.
     preprocess_map_kwargs, postprocess_map_kwargs : mapping, optional
-        For ``Dataset.map``.
+        For ``Dataset.map``; by default as many tasks as there are actors, which reserve no core.
 
     Returns
     -------
