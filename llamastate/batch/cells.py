@@ -90,16 +90,6 @@ class Cells:
             if run is not None:
                 run.n_children -= 1
 
-    def own(self, holder: Holder) -> int:
-        """Cells that would be free if this sequence were emptied."""
-        run, n = holder.run, 0
-        alone = True
-        while run is not None and alone:
-            alone = len(run.holders) == (holder in run.holders) and run.n_children == (holder not in run.holders)
-            n += (run.end - run.start) if alone else 0
-            run = run.parent
-        return n
-
     def _split(self, run: Run, n: int) -> Run:
         """Cut a run at ``n``; the new upper half. Whoever ends in ``run`` ends at its end, so it stays the lower."""
         upper = Run(run.parent, run.start, n)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
+import contextlib
 import os
 import threading
 import time
+import weakref
 from collections import deque
-from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -218,6 +221,8 @@ class BatchRunner(Closing):
         self._turn = threading.Lock()
         self._stopping = threading.Event()
         self._unfinished: tuple[Request, ...] = ()
+        #: The iterator of the last run, for whoever closes the runner in the middle of it.
+        self._active: Callable[[], Any] = lambda: None
         self._closed = False
 
     # --- running ------------------------------------------------------------------------------------------------------
@@ -251,6 +256,12 @@ class BatchRunner(Closing):
         """
         if self._closed:
             raise ClosedError("the runner is closed", what="runner")
+        results = self._guarded(requests)
+        if self._active() is None or not self._turn.locked():
+            self._active = weakref.ref(results)
+        return results
+
+    def _guarded(self, requests: Iterable[Request | Malformed]) -> Iterator[Result]:
         if not self._turn.acquire(blocking=False):
             raise ContextBusyError("run: the runner is running already", operation="run")
         ready: deque[tuple[Request | Malformed, Result]] = deque()
@@ -271,6 +282,8 @@ class BatchRunner(Closing):
         reading, failure = True, None
         while True:
             while reading and not self._stopping.is_set() and engine.n_waiting < self._window:
+                if isinstance(source, _Pulled) and not source.ready and not engine.idle:
+                    break  # there is something better to do than waiting for more
                 started = time.perf_counter()
                 try:
                     item = next(source, None)
@@ -325,7 +338,7 @@ class BatchRunner(Closing):
         ``requests`` may be asynchronous as well. Cancelling ends it after the decode under way.
         """
         loop = asyncio.get_running_loop()
-        source = _pulled(requests, loop) if isinstance(requests, AsyncIterable) else requests
+        source: Any = _Pulled(requests, loop, self._stopping) if isinstance(requests, AsyncIterable) else requests
         results = self.run(source)
         end = object()
         try:
@@ -395,6 +408,9 @@ class BatchRunner(Closing):
         """Free the context. The model and the store stay open. Idempotent."""
         self._closed = True
         self._stopping.set()
+        if (results := self._active()) is not None:
+            with contextlib.suppress(ValueError):  # another thread is in it, and will end after its decode
+                results.close()
         with self._turn:
             self._engine.close()
             self._parking.close()
@@ -403,18 +419,44 @@ class BatchRunner(Closing):
         return f"<llamastate.batch.BatchRunner {'closed' if self._closed else f'of {self._engine.rules.n_slots}'}>"
 
 
-def _pulled(
-    requests: AsyncIterable[Request | Malformed], loop: asyncio.AbstractEventLoop
-) -> Iterator[Request | Malformed]:
-    """Read an asynchronous iterable from another thread than its loop's."""
-    source = aiter(requests)
-    end = object()
+class _Pulled:
+    """An asynchronous iterable, read from another thread than its loop's."""
 
-    async def pull() -> Any:
-        return await anext(source, end)
+    def __init__(
+        self, requests: AsyncIterable[Any], loop: asyncio.AbstractEventLoop, stopping: threading.Event
+    ) -> None:
+        self._source = aiter(requests)
+        self._loop = loop
+        self._stopping = stopping
+        self._coming: concurrent.futures.Future[Any] | None = None
+        self._end = object()
 
-    while (item := asyncio.run_coroutine_threadsafe(pull(), loop).result()) is not end:
-        yield item
+    async def _pull(self) -> Any:
+        return await anext(self._source, self._end)
+
+    @property
+    def ready(self) -> bool:
+        """Whether the next one can be had without waiting."""
+        if self._coming is None:
+            self._coming = asyncio.run_coroutine_threadsafe(self._pull(), self._loop)
+        return self._coming.done()
+
+    def __iter__(self) -> _Pulled:
+        return self
+
+    def __next__(self) -> Any:
+        while not self.ready:
+            assert self._coming is not None
+            concurrent.futures.wait([self._coming], 0.1)
+            if self._stopping.is_set():
+                self._coming.cancel()
+                raise StopIteration
+        assert self._coming is not None
+        item = self._coming.result()
+        self._coming = None
+        if item is self._end:
+            raise StopIteration
+        return item
 
 
 def _within(name: str, value: object, low: int, high: int) -> int:

@@ -26,6 +26,8 @@ __all__ = ["MAX_OUTPUTS", "Pieces", "Task", "Ticket", "token_logprob"]
 
 #: Of one request.
 MAX_OUTPUTS = 1024
+#: Grammars that need no second look; a file with a new one in each line is not to fill the memory.
+MAX_KNOWN_GRAMMARS = 1000
 
 
 class Pieces:
@@ -35,6 +37,7 @@ class Pieces:
         self._model = model
         self._known: dict[int, tuple[bytes, bool]] = {}
         self._enders: dict[int, float] | None = None
+        self._sound: set[tuple[str | None, str]] = set()
 
     def __call__(self, token: int) -> tuple[bytes, bool]:
         """Bytes of a token, and whether it ends generation."""
@@ -50,6 +53,15 @@ class Pieces:
     def name(self, token: int) -> bytes:
         """Bytes of a token; a control token's name."""
         return self._model.token_to_piece(token, special=True) if self._model.has_vocab else b""
+
+    def check(self, params: SamplingParams) -> None:
+        """Refuse what no sampler can be made of, before a prompt is computed for it. Raises :class:`SamplerError`."""
+        grammar = params.grammar, params.grammar_root
+        if is_plain(params) or (grammar in self._sound and not params.logit_bias):
+            return
+        Sampler(self._model, params).close()
+        if len(self._sound) < MAX_KNOWN_GRAMMARS:
+            self._sound.add(grammar)
 
     @property
     def enders(self) -> dict[int, float]:
@@ -94,6 +106,7 @@ class Ticket:
         self.tokens = prompt_tokens(request, model)
         if request.kind == "embed":
             return
+        pieces.check(request.sampling)
         scores_prompt = request.echo and request.logprobs is not None
         if scores_prompt:
             self.prompt_logprobs = [None]

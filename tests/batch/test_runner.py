@@ -349,6 +349,15 @@ def test_closed():
         next(r.run([Request("a", [1])]))
 
 
+def test_closed_in_the_middle():
+    """With an iterator that nobody has given up: it ends, nothing hangs."""
+    with runner("dense") as r:
+        results = r.run(endless())
+        next(results)
+    assert r.closed
+    assert list(results) == []
+
+
 @pytest.mark.parametrize(
     "params",
     [
@@ -416,6 +425,15 @@ def test_asyncio():
             ticker.cancel()
             assert ticks > 10
             assert r.unfinished
+
+            async def never():
+                yield Request("a", [1, 2], max_tokens=2)
+                await asyncio.sleep(3600)
+
+            results = r.arun(never())
+            assert (await anext(results)).id == "a"  # not put off until there are more
+            with pytest.raises(asyncio.TimeoutError):  # whoever waits for requests can be cancelled too
+                await asyncio.wait_for(anext(results), 0.5)
             return from_async, from_list
 
     from_async, from_list = asyncio.run(main())
