@@ -43,7 +43,7 @@ CHAT = [{"role": "system", "content": "all of it"}, {"role": "user", "content": 
 
 @pytest.fixture(scope="module")
 def ray() -> Iterator[Any]:
-    """Ray with room for two actors and what else a job has to do."""
+    """Ray with room for two actors, and none for anything else."""
     with pytest.MonkeyPatch.context() as patch:
         for name in [name for name in os.environ if name.startswith("RAY_")]:
             patch.delenv(name)
@@ -68,7 +68,7 @@ def ray() -> Iterator[Any]:
 
             ray.init(
                 address="local",
-                num_cpus=4,
+                num_cpus=2,
                 include_dashboard=False,
                 log_to_driver=False,
                 object_store_memory=80 << 20,
