@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -21,8 +22,10 @@ EXAMPLES = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
 @pytest.mark.parametrize("number", range(len(EXAMPLES)))
 def test_example(number: int, tmp_path: Path) -> None:
     (tmp_path / ".models").symlink_to(models.smollm2().parent)
+    # two processes compute on two cores at once: threads that spin would keep each other waiting
+    env = {**os.environ, "OMP_WAIT_POLICY": "passive"}
     command = [sys.executable, "-c", EXAMPLES[number]]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=250, check=False, env=env)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout
 

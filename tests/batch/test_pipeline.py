@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import os
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from llamastate.batch import BatchRunner, Defaults, run_batch
@@ -128,6 +130,21 @@ def test_a_schema_is_kept(runner: BatchRunner, tmp_path: Path) -> None:
     run_batch(tmp_path / "in", tmp_path / "out", runner=runner)
     for record in by_id(tmp_path / "out").values():
         assert 0 <= json.loads(text(record))["a"] <= 5
+
+
+def test_embeddings(runner: BatchRunner, tmp_path: Path) -> None:
+    url = "/v1/embeddings"
+    write(tmp_path / "in", [
+        line("a", url, input=["the of", "and"]), line("b", url, input="the of", encoding_format="base64"), *prompts(2),
+    ])  # fmt: skip
+    run_batch(tmp_path / "in", tmp_path / "out", runner=runner)
+    found = by_id(tmp_path / "out")
+    first, second = (np.array(e["embedding"], np.float32) for e in found["a"]["response"]["body"]["data"])
+    again = np.frombuffer(base64.b64decode(found["b"]["response"]["body"]["data"][0]["embedding"]), "<f4")
+    assert first.shape == again.shape == (runner.model.n_embd_out,)
+    np.testing.assert_allclose(first, again, atol=1e-3)
+    assert abs(np.linalg.norm(second) - 1) < 1e-3
+    assert found["a"]["response"]["body"]["usage"]["prompt_tokens"] > 3
 
 
 def test_errors_are_tried_again(runner: BatchRunner, tmp_path: Path) -> None:

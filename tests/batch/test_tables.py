@@ -87,7 +87,7 @@ def test_dicts(runner: BatchRunner) -> None:
     ]
     found = list(run_rows(asked, runner))
     assert len(found) == len(asked)
-    by_row = [next(row for row in found if all(row[k] is v for k, v in one.items())) for one in asked]
+    by_row = [next(row for row in found if all(row.get(k) is v for k, v in one.items())) for one in asked]
     assert [row["__inference_error__"] is None for row in by_row] == [True] * 7 + [False] * 2
     assert by_row[5]["num_input_tokens"] == 3
     assert len(json.loads(by_row[6]["response"])["choices"][0]["logprobs"]["content"][0]["top_logprobs"]) == 2
