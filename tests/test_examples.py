@@ -19,6 +19,7 @@ from tests.children import ROOT
         ("undo_redo", "undo: 0 tokens decoded again"),
         ("shared_prompt", "3 branches"),
         ("revert", "0 tokens decoded again"),
+        ("rag", "the answers are the same"),
     ],
 )
 def test_example(example: str, words: str, kind: str) -> None:
