@@ -68,6 +68,8 @@ class Engine:
         self._parking = parking
         self._store = store
         self._n_puts = 0
+        #: A step has begun and not ended.
+        self._broken = False
         self._results: list[tuple[Ticket, Result]] = []
         n = max(rules.budget, rules.n_slots)
         # columns of a batch
@@ -121,9 +123,23 @@ class Engine:
 
     def abandon(self) -> list[Ticket]:
         """Give up everything that is not done; what that was, in the order in which it came."""
-        left = list(self.tickets.values())
-        for ticket in left:
-            self._clear(ticket)
+        left = [ticket for ticket, _ in self._results] + list(self.tickets.values())
+        self._results = []
+        for ticket in list(self.tickets.values()):
+            if self._broken:
+                for task in ticket.tasks:
+                    self._parking.drop(task)
+                    task.end()
+            else:
+                self._clear(ticket)
+        if self._broken:
+            # Ctrl-C, or no memory, in the middle of a step: who knows what the books say
+            self.tickets.clear()
+            self.ctx.clear(data=False)
+            old = self.scheduler
+            self.scheduler = Scheduler(self.rules, old.lookup)
+            self.scheduler.n_forks, self.scheduler.n_preemptions = old.n_forks, old.n_preemptions
+            self._broken = False
         return left if self.embedder is None else left + self.embedder.clear()
 
     def close(self) -> None:
@@ -136,10 +152,12 @@ class Engine:
 
     def step(self) -> list[tuple[Ticket, Result]]:
         """Plan, decode, sample; the results that have come of it."""
+        self._broken = True
         if self._n_embeds:
             self._embed()
         if not self.scheduler.idle:
             self._generate()
+        self._broken = False
         results, self._results = self._results, []
         return results
 

@@ -247,6 +247,35 @@ def test_a_decode_that_fails(monkeypatch):
         assert [r.ctx.seq_pos_max(s) for s in range(4)] == [-1] * 4
 
 
+def collect(done, results):
+    for result in results:
+        done.append(result.id)  # one by one: the next may raise
+
+
+@pytest.mark.parametrize("where", ["_decode", "seq_cp", "logits"])
+def test_interrupted_anywhere(monkeypatch, where):
+    """Ctrl-C in the middle of a step: everything that was under way is told, and the runner serves again."""
+    shared = tokens(30)
+    requests = [Request(str(i), [*shared.tolist(), i], max_tokens=4) for i in range(12)]
+    with runner("dense") as r:
+        real, calls = getattr(r.ctx, where), []
+
+        def interrupt(*args, **kwargs):
+            calls.append(args)
+            if len(calls) == 3:
+                raise KeyboardInterrupt
+            return real(*args, **kwargs)
+
+        done = []
+        with monkeypatch.context() as patch:
+            patch.setattr(r.ctx, where, interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                collect(done, r.run(requests))
+        assert sorted([*done, *(q.id for q in r.unfinished)]) == sorted(q.id for q in requests)
+        assert all(x.ok for x in r.run(r.unfinished))
+        assert r.stats.running == 0
+
+
 def test_a_store_that_fails(monkeypatch):
     with PrefixStore(None, block_tokens=8) as store, runner("dense", store=store) as r:
         monkeypatch.setattr(store, "put", lambda *a: (_ for _ in ()).throw(OSError("no disk")))
