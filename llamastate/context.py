@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -190,6 +191,9 @@ yarn_beta_slow, yarn_orig_ctx
         lifetimes.contexts.add(self)
         return self
 
+    #: The thread that is inside :meth:`lock`.
+    _locked_by: int | None = None
+
     # --- life ---------------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
@@ -209,7 +213,11 @@ yarn_beta_slow, yarn_orig_ctx
             The context is closed.
         """
         with self._handle:
-            yield self
+            before, self._locked_by = self._locked_by, threading.get_ident()
+            try:
+                yield self
+            finally:
+                self._locked_by = before
 
     @property
     def closed(self) -> bool:

@@ -156,6 +156,12 @@ class History:
         """Take over the checkpoints of a saved session."""
         self._points = sorted(points, key=lambda p: p.n_tokens)
 
+    def forget_states(self) -> None:
+        """Keep the caller's checkpoints as marks: what the states are of has changed."""
+        self._points = list(self.named())
+        for point in self._points:
+            point.forget_state()
+
     def last_whole(self, n_tokens: int) -> Checkpoint | None:
         """The last checkpoint at or before ``n_tokens`` that needs nothing else to be restored."""
         whole = (p for p in reversed(self._points) if p.kind == "full" or self._kind == "recurrent")

@@ -21,7 +21,7 @@ from llamastate.layout.validate import SequenceInfo
 from llamastate.layout.walk import Span, walk_context, walk_sequence
 
 if TYPE_CHECKING:
-    from llamastate.layout import Schema
+    from llamastate.layout import Limits, Schema
     from llamastate.state import StateAPI
 
 __all__ = [
@@ -29,7 +29,7 @@ __all__ = [
     "check_base",
     "copy_sequence",
     "count_room",
-    "empty_sequence",
+    "put_back",
     "put_own",
     "replace_sequence",
 ]
@@ -41,6 +41,10 @@ class Room(NamedTuple):
     base: int
     window: int
     blob: npt.NDArray[np.uint8] | None
+
+    def takes(self, n: int, limits: Limits) -> bool:
+        """Whether the state of ``n`` tokens would find room, in cells that it shares with nobody."""
+        return n <= self.base and min(n, limits.window_cells) <= self.window
 
 
 def check_base(ctx: StateAPI, info: SequenceInfo, dest: int) -> None:
@@ -105,11 +109,11 @@ def replace_sequence(
     try:
         problem = _set(ctx, view, info, dest, flags, partial=partial)
     except BaseException:
-        _put_back(ctx, dest, room)
+        put_back(ctx, dest, room)
         raise
     if problem is None:
         return
-    _put_back(ctx, dest, room)
+    put_back(ctx, dest, room)
     if empty and not partial:
         available = ctx.limits.base_cells - cells_of_others(ctx, dest)
         if info.n_cells > available:
@@ -214,7 +218,7 @@ def copy_sequence(ctx: StateAPI, src: int, dest: int) -> None:
     replace_sequence(ctx, blob.data, info, dest, 0, partial=False)
 
 
-def _put_back(ctx: StateAPI, dest: int, room: Room | None) -> None:
+def put_back(ctx: StateAPI, dest: int, room: Room | None) -> None:
     """Empty a sequence that is half overwritten, and put the state of before in its place if there is a copy."""
     memory.seq_rm(ctx._handle, dest, -1, -1)
     if room is not None and room.blob is not None:
@@ -253,13 +257,6 @@ def _obviously_fits(ctx: StateAPI, info: SequenceInfo, dest: int) -> bool:
 def cells_of_others(ctx: StateAPI, dest: int) -> int:
     """At most how many cells all other sequences hold: those that several share are counted for each."""
     return sum(ctx._span(seq)[1] + 1 for seq in range(ctx._handle.n_seq_max) if seq != dest)
-
-
-def empty_sequence(ctx: StateAPI, *taken: int) -> int | None:
-    """A sequence that holds nothing, the last one first: programs tend to use the first ones."""
-    return next(
-        (s for s in range(ctx._handle.n_seq_max - 1, -1, -1) if s not in taken and ctx._span(s) == (-1, -1)), None
-    )
 
 
 def count_room(ctx: StateAPI, dest: int) -> Room:

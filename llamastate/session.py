@@ -68,7 +68,8 @@ class Session(SessionGeneration):
 
     Notes
     -----
-    After every call the sequence holds exactly :attr:`tokens`, also after a call that failed. Threads take turns.
+    After every call the sequence holds exactly :attr:`tokens`, also after a call that failed. Threads take turns. That
+    somebody else has changed the sequence is noticed by its length only (:class:`SequenceChangedError`).
 
     :meth:`close`, or the end of a ``with`` block, empties the sequence. A session that is only forgotten leaves it as
     it is.
@@ -113,9 +114,8 @@ class Session(SessionGeneration):
     @property
     def tokens(self) -> Int32Array:
         """Everything that the sequence holds, int32[n]. Read-only."""
-        view = self._tokens[:]
-        view.flags.writeable = False
-        return view
+        self._tokens.flags.writeable = False  # else the view could be made writable again
+        return self._tokens[:]
 
     @property
     def text(self) -> str:
@@ -140,12 +140,15 @@ class Session(SessionGeneration):
         ------
         LogitsUnavailableError
             The session is empty.
+        NoKVSlotError
+            A full cache that is shared has no room to decode the last token again.
 
         Notes
         -----
         A restore or a trim leaves none behind; the last token is decoded again then.
         """
         with self._turn():
+            self._check_step()
             self._need_logits()
             return self._logits.copy()
 

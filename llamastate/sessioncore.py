@@ -15,6 +15,7 @@ from llamastate._native import decode as native_decode
 from llamastate.arrays import Int32Array, TokensLike, as_index, as_tokens
 from llamastate.errors import (
     ClosedError,
+    ContextBusyError,
     InvalidArgumentError,
     InvalidSequenceError,
     LlamaStateError,
@@ -26,7 +27,7 @@ from llamastate.exactness import can_trim
 from llamastate.flags import SeqFlags
 from llamastate.history import Checkpoint, History, Plan
 from llamastate.lifetimes import Closing
-from llamastate.restore import cells_of_others, count_room, empty_sequence, put_own
+from llamastate.restore import cells_of_others, count_room, put_back, put_own
 from llamastate.state import StateAPI
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ class SessionCore(Closing):
         self._has_logits = False
         # What undo has taken back, the last one last: all tokens of that moment.
         self._redo: list[Int32Array] = []
+        self._adapters = ctx._handle.adapters
         self._history = History(
             ctx.model.memory_kind,
             ctx.model.n_swa,
@@ -82,6 +84,22 @@ class SessionCore(Closing):
         return len(self._tokens)
 
     @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """No other thread in the session.
+
+        Whoever has the context locked does not wait: the thread that is in the session may be waiting for the context.
+        """
+        if not self._lock.acquire(blocking=self.ctx._locked_by != threading.get_ident()):
+            raise ContextBusyError(
+                "another thread is using this session, and cannot go on while this one has the context locked",
+                operation="session",
+            )
+        try:
+            yield
+        finally:
+            self._lock.release()
+
+    @contextlib.contextmanager
     def _turn(self) -> Iterator[None]:
         """One operation at a time.
 
@@ -89,14 +107,14 @@ class SessionCore(Closing):
         not even be undone. Where it waits, others get their turn between the decodes.
         """
         handle = self.ctx._handle
-        with self._lock, handle if handle.raise_if_busy else contextlib.nullcontext():
+        with self._alone(), handle if handle.raise_if_busy else contextlib.nullcontext():
             self._check_open()
             yield
 
     @contextlib.contextmanager
     def _long_turn(self) -> Iterator[None]:
         """The same, with nobody else in the context meanwhile."""
-        with self._lock, self.ctx._handle:
+        with self._alone(), self.ctx._handle:
             self._check_open()
             yield
 
@@ -110,7 +128,7 @@ class SessionCore(Closing):
 
         A sequence that somebody else has begun to use is left alone. The context stays open.
         """
-        with self._lock:
+        with self._alone():
             if self._closed:
                 return
             with contextlib.suppress(ClosedError), self.ctx._handle:
@@ -140,6 +158,12 @@ class SessionCore(Closing):
 
     def _check_step(self) -> None:
         """Make sure that nobody else has touched the sequence."""
+        adapters = self.ctx._handle.adapters
+        if adapters is not self._adapters:
+            # They change while sequences are empty, but a way forth from there may lead over states of before.
+            self._history.forget_states()
+            self._has_logits = False
+            self._adapters = adapters
         found = self.ctx.seq_pos_max(self.seq_id) + 1
         if found != self.n_past:
             raise SequenceChangedError(
@@ -361,23 +385,22 @@ class SessionCore(Closing):
         """
         old = self._tokens
         with contextlib.ExitStack() as stack:
-            twin = logits = None
+            room = logits = None
             if self._is_in_doubt(n):
-                stack.enter_context(self.ctx._handle)
-                if count_room(self.ctx, self.seq_id).base < self.n_past:
-                    twin = empty_sequence(self.ctx, self.seq_id)
-            if twin is not None:
-                # A second owner for the cells. Nobody else may come across it.
-                stack.callback(self.ctx.seq_rm, twin)
-                self.ctx.seq_cp(self.seq_id, twin)
-                logits = self._logits.copy() if self._has_logits else None
+                stack.enter_context(self.ctx._handle)  # what is counted stays true
+                room = count_room(self.ctx, self.seq_id)
+                if room.blob is None or room.takes(self.n_past, self.ctx.limits):
+                    room = None
+                elif self._has_logits:
+                    logits = self._logits.copy()
             trims = common is not None and self._can_trim(common)
-            kept = None if trims or twin is not None else self._keep()
+            kept = None if trims or room is not None else self._keep()
             try:
                 yield
             except BaseException:
-                if twin is not None:
-                    self.ctx.seq_cp(twin, self.seq_id)
+                if room is not None:
+                    # A copy of its own would not fit; that of the whole context tells which cells are shared.
+                    put_back(self.ctx, self.seq_id, room)
                     self._take_back(old, logits, None)
                 elif kept is not None:
                     self._put_back(kept)

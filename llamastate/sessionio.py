@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from llamastate import layout, sessionfiles
-from llamastate.errors import CorruptStateError, LlamaStateError
+from llamastate.errors import CorruptStateError, InvalidArgumentError, LlamaStateError
 from llamastate.history import Checkpoint
 from llamastate.sampler import Sampler
 from llamastate.sessioncore import check_context
@@ -94,6 +94,9 @@ class SessionIO(SessionStore):
                 raise
 
     def _adopt(self, snapshot: Snapshot) -> None:
+        if not isinstance(snapshot, Snapshot):
+            kind = type(snapshot).__name__
+            raise InvalidArgumentError(f"snapshot is {kind}, not a Snapshot", name="snapshot", value=snapshot)
         tokens = snapshot.tokens.copy()
         row = snapshot.logits
         if row is not None:

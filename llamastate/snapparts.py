@@ -105,7 +105,10 @@ def checkpoint_sections(records: list[CheckpointRecord]) -> list[tuple[int, int,
         return []
     if 2 * len(records) > snapfile.MAX_SECTIONS - 8:
         raise InvalidArgumentError(
-            f"{len(records)} checkpoints", name="checkpoints", value=len(records), limit=snapfile.MAX_SECTIONS // 2 - 4
+            f"{len(records)} checkpoints: a snapshot takes at most {snapfile.MAX_SECTIONS // 2 - 4}",
+            name="checkpoints",
+            value=len(records),
+            limit=snapfile.MAX_SECTIONS // 2 - 4,
         )
     rows = [{"n_tokens": r.n_tokens, "label": r.label, "created": r.created, "flags": int(r.flags)} for r in records]
     for i, row in enumerate(rows):

@@ -23,6 +23,7 @@ from llamastate.log.memory import moved
 from llamastate.log.sessionlog import SessionLog
 from llamastate.log.states import put_into, require_stored, saved_to, usable_snapshot
 from llamastate.log.store import LogStore
+from llamastate.restore import count_room, put_back
 from llamastate.session import Session, SyncResult
 from llamastate.sessionio import in_thread
 
@@ -280,6 +281,8 @@ def resume_log(
         if snapshot is not None and isinstance(wanted, str):
             spelt = _spell(model, snapshot.tokens, wanted)
         old = ctx.state_seq_get_data(seq_id) if ctx.seq_pos_max(seq_id) >= 0 else None
+        # a copy of its own may find no room where the cells were shared
+        room = count_room(ctx, seq_id) if old is not None and seq_id in ctx._handle.shared else None
         try:
             if snapshot is not None:
                 session = Session.from_snapshot(ctx, snapshot, seq_id=seq_id, **options)
@@ -288,7 +291,9 @@ def resume_log(
             sync = session.sync(spelt)
         except BaseException:
             ctx.seq_rm(seq_id)
-            if old is not None:
+            if room is not None and room.blob is not None:
+                put_back(ctx, seq_id, room)
+            elif old is not None:
                 ctx.state_seq_set_data(old, seq_id)
             raise
     for reference, problem in skipped:

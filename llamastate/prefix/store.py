@@ -144,7 +144,7 @@ class PrefixStore:
         began = time.perf_counter()
         with contextlib.ExitStack() as stack:
             if isinstance(source, SessionCore):
-                stack.enter_context(source._lock)
+                stack.enter_context(source._alone())
                 ctx, seq, given, anchors = of_session(source, seq_id, tokens)
             else:
                 if seq_id is None or tokens is None:
