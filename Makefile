@@ -26,7 +26,7 @@ TEST_ENV := LLAMASTATE_TEST_THREADS=1 OMP_NUM_THREADS=1 GGML_NO_BACKTRACE=1
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make demo    answer questions on a real text with a saved state, against doing it without"
+	@echo "make demo    a batch of 64 questions on real texts, killed in the middle and gone on with, against one by one"
 	@echo "make test    all tests"
 	@echo "make bench   the ratios of the README, measured here"
 	@echo "make bench-peers   an environment for cyllama, so that the bench can compare with it"
@@ -38,7 +38,7 @@ help:
 
 # It fetches the one model that it needs.
 demo: build
-	@PYTHONPATH=. $(PY) examples/demo.py
+	@PYTHONPATH=. $(PY) examples/run_batch.py
 
 test: build models
 	$(TEST_ENV) $(PY) -m pytest -n $(TEST_PROCESSES) $(TEST_OPTIONS)

@@ -1,6 +1,6 @@
 """A batch of questions on real texts: killed in the middle, gone on with, and compared with asking one by one.
 
-Writes a file of 72 requests in OpenAI's batch format, nine questions on each of eight parts of Python's own
+Writes a file of 64 requests in OpenAI's batch format, eight questions on each of eight parts of Python's own
 documentation, in random order. ``llamastate run-batch`` answers them: what the prompts share is computed once. A third
 of the way it is ended by ``kill -9``, and the same command goes on where it was, in a new process, with prefixes from
 the store on disk. Then some of the same prompts are answered one by one, without sharing, for comparison.
@@ -32,14 +32,13 @@ QUESTIONS = (
     "Name one thing that is an error.",
     "What does the statement or expression do?",
     "When would a programmer need it?",
-    "Which keyword does it explain?",
+    "Explain it to a beginner.",
     "Give a short example.",
     "What is it not allowed to do?",
-    "Explain it to a beginner.",
 )
 CHARACTERS = 1700  # of each text
 MAX_NEW = 32
-SAMPLE = 6  # prompts that are also answered one by one
+SAMPLE = 4  # prompts that are also answered one by one
 
 
 def requests() -> list[dict[str, Any]]:
@@ -71,8 +70,8 @@ def run_and_kill(command: list[str], output: Path, after: int) -> tuple[int, flo
     """Start the batch and end it as ``kill -9`` does; results that were there then, and seconds."""
     began = time.perf_counter()
     with subprocess.Popen(command, stderr=subprocess.PIPE) as process:
-        while process.poll() is None and len(results(output)) < after:
-            time.sleep(0.02)
+        while process.poll() is None and not (output.exists() and output.read_bytes().count(b"\n") >= after):
+            time.sleep(0.1)
         process.kill()
     return len(results(output)), time.perf_counter() - began
 
@@ -143,7 +142,7 @@ def main() -> int:
     once = len(found) == n_lines == len(lines)
     rows = [
         ("results, each custom_id once", f"{len(found)} of {len(lines)}: {'yes' if once else 'NO'}"),
-        ("  before the kill, after it", f"{n_killed}, {figures['completed']} (none computed twice)"),
+        ("  before the kill, after it", f"{n_killed}, {figures['completed']} (none twice)"),
         ("prompt tokens", f"{n_prompt}"),
         ("  not computed: shared", f"{cached} ({cached / n_prompt:.0%})"),
         ("  of those from the store on disk", f"{figures['runner']['stored_tokens']} (after the kill)"),
@@ -153,6 +152,11 @@ def main() -> int:
         (
             "  the second, without loading",
             f"{figures['seconds']:.1f} s, {figures['generated_tokens_per_second']:.0f} generated tokens/s",
+        ),
+        (
+            "    llama.cpp, everything else",
+            f"{figures['runner']['decode_seconds']:.1f} s, "
+            f"{figures['seconds'] - figures['runner']['decode_seconds']:.1f} s",
         ),
         (
             "one by one, without sharing",
