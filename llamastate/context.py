@@ -193,6 +193,8 @@ yarn_beta_slow, yarn_orig_ctx
 
     #: The thread that is inside :meth:`lock`.
     _locked_by: int | None = None
+    #: Whether this is a child's, and has not computed yet.
+    forked: bool = False
 
     # --- life ---------------------------------------------------------------------------------------------------------
 
@@ -413,6 +415,10 @@ yarn_beta_slow, yarn_orig_ctx
     ) -> int:
         # one turn: nobody may build on a sequence that is about to be taken back
         with self._handle as handle:
+            if self.forked:
+                # the threads it computed with are the parent's: OpenMP would wait for them for ever
+                handle.set_n_threads(1, 1)
+                self.forked = False
             try:
                 try:
                     return decode.decode(handle, tokens, pos, n_seq_id, seq_ids, outputs)

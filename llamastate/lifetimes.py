@@ -40,7 +40,11 @@ class _Closable(Protocol):
     def close(self) -> None: ...
 
 
-contexts: weakref.WeakSet[_Closable] = weakref.WeakSet()
+class _Forkable(_Closable, Protocol):
+    forked: bool
+
+
+contexts: weakref.WeakSet[_Forkable] = weakref.WeakSet()
 models: weakref.WeakSet[_Closable] = weakref.WeakSet()
 
 
@@ -54,6 +58,8 @@ def _close_all() -> None:
 
 
 def _forget_all() -> None:
+    for context in contexts:
+        context.forked = True
     contexts.clear()
     models.clear()
 

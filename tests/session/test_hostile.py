@@ -10,7 +10,7 @@ import pytest
 from llamastate import Adapter, Session
 from llamastate.errors import ContextBusyError, InvalidArgumentError, NoKVSlotError, SequenceChangedError
 from llamastate.log import MemoryLogStore, SessionLog, resume_log
-from tests import tiny
+from tests import children, tiny
 from tests.helpers import assert_same_logits, context, model, tokens
 
 TARGETS = {"mamba": ("blk.0.ssm_in.weight",), "jamba": ("blk.1.attn_q.weight",)}
@@ -134,3 +134,34 @@ def test_logits_of_a_sequence_that_somebody_has_emptied() -> None:
         ctx.seq_rm(0)
         with pytest.raises(SequenceChangedError):
             _ = session.logits
+
+
+FORK = """
+import os, time
+from llamastate import Context, Session
+from tests.helpers import model, tokens
+session = Session(Context(model("dense"), n_ctx=256, n_threads=2))
+session.feed(tokens(50, 1))
+pid = os.fork()
+session.feed([1])
+print(session.logits.tobytes().hex(), flush=True)
+if not pid:
+    os._exit(0)
+for _ in range(600):
+    done, status = os.waitpid(pid, os.WNOHANG)
+    if done:
+        assert not status
+        break
+    time.sleep(0.1)
+else:
+    os.kill(pid, 9)
+    raise TimeoutError
+"""
+
+
+def test_a_child_goes_on_where_the_parent_computed_with_several_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    ended = children.run(FORK)
+    assert not ended.returncode, ended.stderr
+    first, second = ended.stdout.split()
+    assert first == second
