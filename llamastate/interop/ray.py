@@ -129,9 +129,9 @@ class ProcessorConfig:
                 raise _bad(name, getattr(self, name), f"{least} or more")
         _whole("seed", self.seed)
         for name in ("num_cpus", "num_gpus"):
-            value = getattr(self, name)
-            if not isinstance(value, numbers.Real) or not 0 <= value < math.inf:
-                raise _bad(name, value, "0 or more")
+            amount: Any = getattr(self, name)
+            if not isinstance(amount, numbers.Real) or not 0 <= amount < math.inf:  # type: ignore[operator]
+                raise _bad(name, amount, "0 or more")
         for name in _MAPPINGS:
             if not isinstance(getattr(self, name), Mapping):
                 raise _bad(name, getattr(self, name), "a mapping")
@@ -189,17 +189,20 @@ class Processor:
         config = self.config
         low, high = config.concurrency if isinstance(config.concurrency, tuple) else (config.concurrency,) * 2
         # what goes before and after must not wait for cores that the actors have for good
-        light: dict[str, Any] = {"num_cpus": 0, "compute": TaskPoolStrategy(size=high)}
-        before = self._preprocess_kwargs or light
-        if self._preprocess is not None:
-            dataset = dataset.map(self._preprocess, **before)
-        dataset = dataset.map_batches(pack, batch_size=None, batch_format="pyarrow", zero_copy_batch=True, **before)
+        light: dict[str, Any] = {"num_cpus": 0, "compute": TaskPoolStrategy(size=max(1, high // 8))}
         remote = {"max_task_retries": config.max_task_retries, **config.ray_remote_args}
         if config.resources:
             remote["resources"] = dict(config.resources)
+        remote |= {"num_cpus": config.num_cpus, "num_gpus": config.num_gpus}
+        before = self._preprocess_kwargs or light
+        if self._preprocess is not None:
+            dataset = dataset.map(self._preprocess, **before)
+        elif not config.num_gpus:
+            before = remote  # what asks for the same is done in the actors; with a GPU no whole blocks may be asked for
         with warnings.catch_warnings():
             # there is no other way to say how often to try again
             warnings.filterwarnings("ignore", message=".*ray_remote_args.* is deprecated")
+            dataset = dataset.map_batches(pack, batch_size=None, batch_format="pyarrow", zero_copy_batch=True, **before)
             dataset = dataset.map_batches(
                 Worker,
                 fn_constructor_args=(config,),
@@ -209,8 +212,6 @@ class Processor:
                 compute=ActorPoolStrategy(
                     min_size=low, max_size=high, max_tasks_in_flight_per_actor=config.max_tasks_in_flight_per_actor
                 ),
-                num_cpus=config.num_cpus,
-                num_gpus=config.num_gpus,
                 **remote,
             )
         if self._postprocess is not None:
@@ -236,7 +237,7 @@ def build_processor(
     postprocess : callable, optional
         A row with its answer to the row that is wanted. Rows that failed go past it.
     preprocess_map_kwargs, postprocess_map_kwargs : mapping, optional
-        For ``Dataset.map``; by default as many tasks as there are actors, which reserve no core.
+        For ``Dataset.map``; by default a task for eight actors, which reserves no core.
 
     Returns
     -------

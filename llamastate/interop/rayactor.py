@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
@@ -154,7 +153,6 @@ def _failed(cls: type[LlamaStateError], message: str, facts: dict[str, Any]) -> 
     return _both(cls)(message, **facts)
 
 
-@functools.cache
 def _both(cls: type[LlamaStateError]) -> type[LlamaStateError]:
     from ray.exceptions import UserCodeException
 
@@ -221,12 +219,9 @@ def prefill(config: ProcessorConfig, prefix: Any) -> tuple[int, Snapshot]:
 
 def prefix_tokens(model: Model, prefix: Any) -> Int32Array:
     """The tokens that a prompt begins with, whatever it goes on with."""
-    if not isinstance(prefix, str) and (not isinstance(prefix, Sequence) or not isinstance(prefix[0], Mapping)):
+    chat = isinstance(prefix, Sequence) and len(prefix) > 0 and isinstance(prefix[0], Mapping)
+    if not chat and not isinstance(prefix, str):
         return as_tokens(prefix, model.n_vocab)
-    chat = not isinstance(prefix, str)
-    text = model.apply_chat_template(prefix, add_generation_prompt=False) if chat else prefix
+    text: str = model.apply_chat_template(prefix, add_generation_prompt=False) if chat else prefix
     written = [model.tokenize(text + end, add_special=not chat, parse_special=chat) for end in _PROBES]
-    n = min(common_prefix(written[0], other) for other in written[1:])
-    if not n:
-        raise InvalidArgumentError("the prefix is empty", name="prefix", value=prefix, limit="at least one token")
-    return written[0][:n]
+    return written[0][: min(common_prefix(written[0], other) for other in written[1:])]

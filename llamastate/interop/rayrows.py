@@ -313,7 +313,7 @@ def answer(result: Result) -> tuple[int, dict[str, Any]]:
     if error is not None:
         return asked.index, facts
     facts["embeddings"] = result.embedding
-    metrics = {
+    metrics: dict[str, Any] = {
         "finish_reason": None,
         "num_cached_tokens": result.n_cached,
         "queued_seconds": result.times.queued,
