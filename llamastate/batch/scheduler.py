@@ -133,14 +133,6 @@ class Scheduler:
         actions.append(Drop(job.seq))
         return actions
 
-    def forget(self, job: Job) -> None:
-        """A job's sequence was emptied by somebody else: it begins anew."""
-        self.cells.release(job)
-        job.stops = []
-        self._orphan(job)
-        job.source = None
-        job.phase = Phase.PLACED
-
     def _new_key(self) -> int:
         self._n_keys += 1
         return self._n_keys
@@ -204,14 +196,16 @@ class Scheduler:
     # --- who is next --------------------------------------------------------------------------------------------------
 
     def _admit(self) -> Iterator[Action]:
-        while self._free_slots and self.waiting and not self.parked:
+        if not (self._free_slots and self.waiting) or self.parked:
+            return
+        promised = sum(self._promised(job) for job in self.running.values())
+        while self._free_slots and self.waiting:
             job = self._choose()
             source, n = self._source(job)
             stored = self._stored(job, n)
             if stored:
                 source, n = None, 0
             need = job.n_prompt - n + min(job.limit, self.rules.reserve)
-            promised = sum(min(j.to_come, self.rules.reserve + j.prompt_to_come) for j in self.running.values())
             missing = need + promised - self.cells.free
             if missing > 0:
                 yield from self._evict(missing, source, anyone=not self.running)
@@ -223,6 +217,11 @@ class Scheduler:
             self._place(job, source, n)
             if stored:
                 yield Load(job, stored)
+            promised += self._promised(job)
+
+    def _promised(self, job: Job) -> int:
+        """Cells that a job was told it would find."""
+        return min(job.to_come, self.rules.reserve + job.prompt_to_come)
 
     def _choose(self) -> Job:
         """The next one to admit."""
@@ -275,7 +274,7 @@ class Scheduler:
         best: Source | None = None
         best_n = 0
         twin = job.twin_of
-        if not job.share:
+        if not job.share or self._matched(job) < self.rules.min_share:
             return None, 0
         holders: list[Source] = [*self.kept.values(), *self.running.values()]
         for holder in holders:
@@ -288,6 +287,15 @@ class Scheduler:
             if n > best_n and n >= self.rules.min_share and self._can_give(holder, n):
                 best, best_n = holder, n
         return best, best_n
+
+    def _matched(self, job: Job) -> int:
+        """How much of a job's prompt is resident, itself left out."""
+        if job.key not in self.running:
+            return self.tree.match(job.tokens, Colour.RESIDENT)
+        self.tree.recolour(job.key, Colour.WAITING)
+        n = self.tree.match(job.tokens, Colour.RESIDENT)
+        self.tree.recolour(job.key, Colour.RESIDENT)
+        return n
 
     def _waits_for(self, holder: Source, job: Job) -> bool:
         """Whether a sequence will itself come of a job."""

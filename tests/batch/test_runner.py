@@ -189,7 +189,7 @@ def faulty():
             item = Request(name, *(getattr(item, f) for f in list(Request.__slots__)[1:]))
         elif isinstance(item, Malformed):
             item = Malformed(name, item.error)
-        items += [Request(f"sound {len(items)}", f"that {len(items)} is", max_tokens=5), item]
+        items += [Request(f"sound {len(items)}", f"that {len(items)} is", max_tokens=5, ignore_eos=True), item]
     with runner() as r:
         return {result.id: result for result in r.run(items)}, r.stats
 
