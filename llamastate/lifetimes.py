@@ -50,11 +50,10 @@ models: weakref.WeakSet[_Closable] = weakref.WeakSet()
 
 @atexit.register
 def _close_all() -> None:
-    for group in (contexts, models):
-        for item in list(group):
-            # one that cannot be closed must not keep the others open: that is the crash this is here to prevent
-            with contextlib.suppress(Exception):
-                item.close()
+    for item in (*contexts, *models):
+        # one that cannot be closed must not keep the others open: that is the crash this is here to prevent
+        with contextlib.suppress(Exception):
+            item.close()
 
 
 def _forget_all() -> None:

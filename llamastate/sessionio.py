@@ -95,8 +95,9 @@ class SessionIO(SessionStore):
 
     def _adopt(self, snapshot: Snapshot) -> None:
         if not isinstance(snapshot, Snapshot):
-            kind = type(snapshot).__name__
-            raise InvalidArgumentError(f"snapshot is {kind}, not a Snapshot", name="snapshot", value=snapshot)
+            raise InvalidArgumentError(
+                f"snapshot is {type(snapshot).__name__}, not a Snapshot", name="snapshot", value=snapshot
+            )
         tokens = snapshot.tokens.copy()
         row = snapshot.logits
         if row is not None:
