@@ -12,7 +12,6 @@ Rows have the columns of Ray Data's own LLM processors (docs/ray.md), so one can
 from __future__ import annotations
 
 import math
-import numbers
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -130,7 +129,7 @@ class ProcessorConfig:
         _whole("seed", self.seed)
         for name in ("num_cpus", "num_gpus"):
             amount: Any = getattr(self, name)
-            if not isinstance(amount, numbers.Real) or not 0 <= amount < math.inf:  # type: ignore[operator]
+            if not isinstance(amount, (int, float)) or not 0 <= amount < math.inf:
                 raise _bad(name, amount, "0 or more")
         for name in _MAPPINGS:
             if not isinstance(getattr(self, name), Mapping):
