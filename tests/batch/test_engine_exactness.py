@@ -141,14 +141,14 @@ def test_from_the_store(kind, tmp_path):
     assert runner._engine.counts.stored_tokens > 0
     for result in results.values():
         assert_near_the_truth(m, result)
-        assert result.n_prompt - result.n_cached <= 16
+        assert result.n_cached >= 64  # the first of each group too: nothing that others begin with is computed again
 
 
 def test_several_outputs_of_one_prompt(kind):
     """The prompt is computed once; each output is what a request of its own with that seed gives."""
     m = model(kind)
     prompt = tokens(50, 5)
-    sampling = SamplingParams(temperature=1.0, seed=10)
+    sampling = SamplingParams(temperature=30.0, seed=10)
     many = Request("many", prompt, n=6, max_tokens=8, sampling=sampling, logprobs=0)
     results, runner = run(m, [many, Request("other", tokens(30, 6), max_tokens=8)])
     assert runner._engine.counts.decoded_tokens == 50 + 6 * 7 + 30 + 7
@@ -158,7 +158,7 @@ def test_several_outputs_of_one_prompt(kind):
     assert_near_the_truth(m, results["many"])
     fixed = {"fixed_shapes": True, "n_ctx": 7 * 512}
     together, _ = run(m, [many], **fixed)
-    third = Request("third", prompt, max_tokens=8, sampling=SamplingParams(temperature=1.0, seed=13), logprobs=0)
+    third = Request("third", prompt, max_tokens=8, sampling=SamplingParams(temperature=30.0, seed=13), logprobs=0)
     own, _ = run(m, [third], **fixed)
     assert own["third"].outputs[0].tokens.tolist() == together["many"].outputs[3].tokens.tolist()
     assert own["third"].outputs[0].logprobs == together["many"].outputs[3].logprobs
