@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from llamastate.state import StateAPI
 
 __all__ = [
+    "Room",
     "cells_of_others",
     "check_base",
     "copy_sequence",

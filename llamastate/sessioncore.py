@@ -27,7 +27,7 @@ from llamastate.exactness import can_trim
 from llamastate.flags import SeqFlags
 from llamastate.history import Checkpoint, History, Plan
 from llamastate.lifetimes import Closing
-from llamastate.restore import cells_of_others, count_room, put_back, put_own
+from llamastate.restore import Room, cells_of_others, count_room, put_back, put_own
 from llamastate.state import StateAPI
 
 if TYPE_CHECKING:
@@ -385,14 +385,9 @@ class SessionCore(Closing):
         """
         old = self._tokens
         with contextlib.ExitStack() as stack:
-            room = logits = None
-            if self._is_in_doubt(n):
-                stack.enter_context(self.ctx._handle)  # what is counted stays true
-                room = count_room(self.ctx, self.seq_id)
-                if room.blob is None or room.takes(self.n_past, self.ctx.limits):
-                    room = None
-                elif self._has_logits:
-                    logits = self._logits.copy()
+            room, logits = self._scarce_room(n, stack), None
+            if room is not None and self._has_logits:
+                logits = self._logits.copy()
             trims = common is not None and self._can_trim(common)
             kept = None if trims or room is not None else self._keep()
             try:
@@ -409,6 +404,14 @@ class SessionCore(Closing):
                         self.ctx.seq_rm(self.seq_id)
                     self._take_back(old, None, None)
                 raise
+
+    def _scarce_room(self, n: int, stack: contextlib.ExitStack) -> Room | None:
+        """What :func:`put_back` takes, if what the sequence holds would find no room in cells of its own."""
+        if not self._is_in_doubt(n):
+            return None
+        stack.enter_context(self.ctx._handle)  # what is counted stays true
+        room = count_room(self.ctx, self.seq_id)
+        return None if room.blob is None or room.takes(self.n_past, self.ctx.limits) else room
 
     def _is_in_doubt(self, n: int) -> bool:
         """Whether ``n`` tokens, or those it has, might find no room: others keep the cells that it shares with them."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -13,6 +14,7 @@ import numpy.typing as npt
 from llamastate import layout, sessionfiles
 from llamastate.errors import CorruptStateError, InvalidArgumentError, LlamaStateError
 from llamastate.history import Checkpoint
+from llamastate.restore import put_back
 from llamastate.sampler import Sampler
 from llamastate.sessioncore import check_context
 from llamastate.sessionstore import SessionStore
@@ -77,9 +79,10 @@ class SessionIO(SessionStore):
         LoadError
             One of its subclasses says why; the session is as it was.
         """
-        with self._turn():
+        with self._turn(), contextlib.ExitStack() as stack:
             self._check_step()
             before = self._tokens
+            room = self._scarce_room(len(before), stack)
             try:
                 with self._all_or_nothing():
                     self._adopt(snapshot)
@@ -90,6 +93,8 @@ class SessionIO(SessionStore):
             except BaseException:
                 # Ctrl-C: it may be the old state, the new one, or none
                 self.ctx.seq_rm(self.seq_id)
+                if room is not None:
+                    put_back(self.ctx, self.seq_id, room)
                 self._take_back(before, None, None)
                 raise
 

@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 
 from llamastate import Adapter, Session
+from llamastate._native import state
 from llamastate.errors import ContextBusyError, InvalidArgumentError, NoKVSlotError, SequenceChangedError
 from llamastate.log import MemoryLogStore, SessionLog, resume_log
 from tests import children, tiny
 from tests.helpers import assert_same_logits, context, model, tokens
+from tests.session.test_interrupts import ctrl_c, interrupt  # noqa: F401  (ctrl_c is a fixture)
 
 TARGETS = {"mamba": ("blk.0.ssm_in.weight",), "jamba": ("blk.1.attn_q.weight",)}
 
@@ -38,6 +40,27 @@ def test_a_pool_without_room_and_without_a_spare_sequence(kind: str) -> None:
         assert second.tokens.tolist() == other
         assert_exact(first, kind)
         assert_exact(second, kind)
+
+
+@pytest.mark.usefixtures("ctrl_c")
+def test_ctrl_c_while_a_snapshot_takes_the_place_of_shared_cells(monkeypatch: pytest.MonkeyPatch) -> None:
+    with context("dense", n_ctx=256, n_seq_max=2) as ctx, context("dense") as fresh:
+        few = Session(fresh)
+        few.feed(tokens(20, 7))
+        snapshot = few.snapshot()
+        first = Session(ctx)
+        first.feed(tokens(200, 1))
+        second = first.branch(1)
+        second.feed(tokens(20, 2))
+        first.feed(tokens(30, 3))
+        before = first.tokens.tolist()
+        with monkeypatch.context() as patch:
+            interrupt(patch, state, "seq_set_data", 1)
+            with pytest.raises(KeyboardInterrupt):
+                first.restore(snapshot)
+        assert first.tokens.tolist() == before
+        assert_exact(first, "dense")
+        assert_exact(second, "dense")
 
 
 def test_resuming_into_a_sequence_that_shares_its_cells() -> None:
