@@ -196,12 +196,10 @@ class Processor:
         before = self._preprocess_kwargs or light
         if self._preprocess is not None:
             dataset = dataset.map(self._preprocess, **before)
-        elif not config.num_gpus:
-            before = remote  # what asks for the same is done in the actors; with a GPU no whole blocks may be asked for
+        dataset = dataset.map_batches(pack, batch_size=None, batch_format="pyarrow", zero_copy_batch=True, **before)
         with warnings.catch_warnings():
             # there is no other way to say how often to try again
             warnings.filterwarnings("ignore", message=".*ray_remote_args.* is deprecated")
-            dataset = dataset.map_batches(pack, batch_size=None, batch_format="pyarrow", zero_copy_batch=True, **before)
             dataset = dataset.map_batches(
                 Worker,
                 fn_constructor_args=(config,),
