@@ -192,12 +192,13 @@ class History:
     def _victim(self, held: list[Checkpoint], n_past: int) -> Checkpoint:
         """The state that is missed least: with close neighbours, measured against how far back it lies."""
         candidates = [p for p in held if p.automatic] or held
+        end = max(n_past, held[-1].n_tokens)  # what was undone has checkpoints past the present
 
         def loss(point: Checkpoint) -> float:
             i = held.index(point)
             before = held[i - 1].n_tokens if i else 0
-            after = held[i + 1].n_tokens if i + 1 < len(held) else n_past
-            return (after - before) / (n_past - point.n_tokens + 1)
+            after = held[i + 1].n_tokens if i + 1 < len(held) else end
+            return (after - before) / (end - point.n_tokens + 1)
 
         return min(candidates, key=loss)
 

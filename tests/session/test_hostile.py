@@ -159,6 +159,22 @@ def test_logits_of_a_sequence_that_somebody_has_emptied() -> None:
             _ = session.logits
 
 
+def test_budgets_where_checkpoints_lie_past_the_present() -> None:
+    with context("mamba") as ctx:
+        session = Session(ctx, max_checkpoints=2)
+        session.feed(tokens(9, 1))
+        session.checkpoint()
+        session.feed([1])
+        session.checkpoint()
+        session.feed([2])
+        session.undo(2)
+        session.checkpoint()
+        assert sum(p.state is not None for p in session.history) == 2
+        session.redo(2)
+        assert session.n_past == 11
+        assert_exact(session, "mamba")
+
+
 FORK = """
 import os, time
 from llamastate import Context, Session
