@@ -15,9 +15,13 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 #: Pages whose examples follow upon each other, and run as one program.
 STORIES = ("sessions",)
+#: Pages with tests of their own (Ray tells on stderr what it does).
+ELSEWHERE = ("batch", "ray")
 EXAMPLES = {}
 for page in PAGES:
     blocks = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    if page.stem in ELSEWHERE:
+        continue
     if page.stem in STORIES:
         blocks = ["\n".join(blocks)]
     EXAMPLES.update({f"{page.stem}-{number}": code for number, code in enumerate(blocks)})
