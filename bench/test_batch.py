@@ -211,7 +211,7 @@ def test_the_same_again(claim, model, prompts, folder: Path):
         warm, _, stats = by_us(model, some, 4, n_parallel=16, flash_attn="off", store=store)
     claim(
         67,
-        "16 of those prompts again, a new process's runner over a warm store: prompt tokens not computed",
+        "16 of those prompts again, a new runner over the store of before, opened anew: prompt tokens not computed",
         f"{stats.hit_rate:.3f} ({stats.stored_tokens:,} read from the store, shared by all); {cold:.1f} s before, "
         f"{warm:.1f} s now",
         stats.hit_rate,
