@@ -257,7 +257,9 @@ def _obviously_fits(ctx: StateAPI, info: SequenceInfo, dest: int) -> bool:
 
 def cells_of_others(ctx: StateAPI, dest: int) -> int:
     """At most how many cells all other sequences hold: those that several share are counted for each."""
-    return sum(ctx._span(seq)[1] + 1 for seq in range(ctx._handle.n_seq_max) if seq != dest)
+    handle = ctx._handle
+    with handle:
+        return sum([memory.seq_pos_max(handle, seq) + 1 for seq in range(handle.n_seq_max) if seq != dest])
 
 
 def count_room(ctx: StateAPI, dest: int) -> Room:

@@ -263,10 +263,11 @@ class SequenceAPI(StateAPI):
 
 def _range(p0: int, p1: int) -> tuple[int, int]:
     """Check the ends of a range of positions; any negative number becomes -1, which stands for the open end."""
-    ends = []
-    for name, value in (("p0", p0), ("p1", p1)):
-        end = as_index(value, name, InvalidPositionError)
-        if not -I32 <= end <= I32:
-            raise InvalidPositionError(f"{name} = {end} does not fit 32 bits", reason=name, value=end, limit=I32)
-        ends.append(max(end, -1))
-    return ends[0], ends[1]
+    return _end("p0", p0), _end("p1", p1)
+
+
+def _end(name: str, value: int) -> int:
+    end = as_index(value, name, InvalidPositionError)
+    if not -I32 <= end <= I32:
+        raise InvalidPositionError(f"{name} = {end} does not fit 32 bits", reason=name, value=end, limit=I32)
+    return end if end >= 0 else -1
