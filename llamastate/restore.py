@@ -152,18 +152,11 @@ def put_own(ctx: StateAPI, blob: npt.NDArray[np.uint8], dest: int, n_tokens: int
     """
     schema = ctx.schema
     with ctx._handle as handle:
-        info = SequenceInfo(
-            src_seq_id=dest,
-            n_cells=0,
-            n_window_cells=min(n_tokens, schema.n_swa),
-            has_recurrent=True,
-            pos_min=-1,
-            pos_max=n_tokens - 1,
-            first_pos=-1,
-            n_bytes=blob.nbytes,
-        )
         usual = schema.has_partial or schema.kind == "recurrent"
-        if handle.moved_cells or schema.m_rope or not usual or not _obviously_fits(ctx, info, dest):
+        if handle.moved_cells or schema.m_rope or not usual:
+            return False
+        # only a window needs cells; a recurrent state has its place
+        if schema.n_swa and not _obviously_fits(ctx, _of_window(schema, n_tokens, blob.nbytes, dest), dest):
             return False
         handle.forget_outputs(dest)
         try:
@@ -182,6 +175,20 @@ def put_own(ctx: StateAPI, blob: npt.NDArray[np.uint8], dest: int, n_tokens: int
                 f"llama.cpp refused the state: {problem}; sequence {dest} is empty now", reason=problem, removed=(dest,)
             )
     return True
+
+
+def _of_window(schema: Schema, n_tokens: int, n_bytes: int, dest: int) -> SequenceInfo:
+    """What validation says of a partial state after ``n_tokens`` tokens, as far as room is concerned."""
+    return SequenceInfo(
+        src_seq_id=dest,
+        n_cells=0,
+        n_window_cells=min(n_tokens, schema.n_swa),
+        has_recurrent=True,
+        pos_min=-1,
+        pos_max=n_tokens - 1,
+        first_pos=-1,
+        n_bytes=n_bytes,
+    )
 
 
 def copy_sequence(ctx: StateAPI, src: int, dest: int) -> None:

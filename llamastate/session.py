@@ -308,8 +308,8 @@ class Session(SessionGeneration):
                 raise HistoryError(
                     f"cannot undo {brief(steps)} steps: at least one", asked=steps, available=len(self.checkpoints)
                 )
-            targets = self._history.undo_targets(steps, self.n_past)
-            undone = [self._tokens, *(self._tokens[: t.n_tokens] for t in targets[:-1])]
+            targets = self._history.undo_targets(steps, len(self._tokens))
+            undone = [self._tokens, *[self._tokens[: t.n_tokens] for t in targets[:-1]]]
             replayed = self._go_back(targets[-1].n_tokens)
             self._redo.extend(undone)
             return replayed

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from llamastate._native import decode as native_decode
+from llamastate._native import memory
 from llamastate.arrays import Int32Array, TokensLike, as_index, as_tokens
 from llamastate.errors import (
     ClosedError,
@@ -158,14 +159,15 @@ class SessionCore(Closing):
 
     def _check_step(self) -> None:
         """Make sure that nobody else has touched the sequence."""
-        adapters = self.ctx._handle.adapters
+        handle = self.ctx._handle
+        adapters = handle.adapters
         if adapters is not self._adapters:
             # They change while sequences are empty, but a way forth from there may lead over states of before.
             self._history.forget_states()
             self._has_logits = False
             self._adapters = adapters
-        found = self.ctx.seq_pos_max(self.seq_id) + 1
-        if found != self.n_past:
+        found = memory.seq_pos_max(handle, self.seq_id) + 1
+        if found != len(self._tokens):
             raise SequenceChangedError(
                 f"sequence {self.seq_id} holds {found} tokens, the session {self.n_past}{self._hint()}",
                 seq_id=self.seq_id,
@@ -334,7 +336,8 @@ class SessionCore(Closing):
         return self._carry_out(plan, self._tokens[:n])
 
     def _plan_back(self, n: int) -> Plan:
-        return self._history.plan_back(n, n_past=self.n_past, pos_min=self.ctx.seq_pos_min(self.seq_id))
+        low = memory.seq_pos_min(self.ctx._handle, self.seq_id)
+        return self._history.plan_back(n, n_past=len(self._tokens), pos_min=low)
 
     def _carry_out(self, plan: Plan, tokens: Int32Array) -> int:
         if plan.replay:
@@ -355,7 +358,10 @@ class SessionCore(Closing):
         """All of a plan but decoding."""
         point = plan.checkpoint
         if plan.way == "trim":
-            if not self.ctx.seq_rm(self.seq_id, plan.base, -1):
+            # exact, as the plan found; since then :meth:`_go_back` has let nobody into the context
+            handle = self.ctx._handle
+            handle.forget_outputs(self.seq_id)
+            if not memory.seq_rm(handle, self.seq_id, plan.base or -1, -1):
                 raise SequenceChangedError(f"sequence {self.seq_id} cannot be trimmed to {plan.base} any more")
         elif plan.way == "scratch":
             self.ctx.seq_rm(self.seq_id)
