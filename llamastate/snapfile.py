@@ -130,7 +130,7 @@ def lay_out(items: Sequence[tuple[int, int, int]]) -> list[Section]:
     sections = []
     at = _HEADER_BYTES + _ENTRY_BYTES * len(items)
     for kind, detail, length in items:
-        at = aligned(at)
+        at = -(-at // ALIGNMENT) * ALIGNMENT
         sections.append(Section(kind, REQUIRED if kind in _REQUIRED else 0, at, length, detail))
         at += length
     return sections

@@ -441,6 +441,8 @@ class StateAPI:
     def _refuse_pending(self, operation: str, seq_id: SupportsIndex | None = None) -> None:
         # The cells already say the new positions, but the K rows are rotated for the old ones: a state taken now would
         # be wrong, and nothing in it would say so.
+        if not self._handle.shifted:
+            return
         pending = sorted(self._handle.shifted if seq_id is None else self._handle.shifted & {index(seq_id)})
         if pending:
             raise PendingUpdateError(
