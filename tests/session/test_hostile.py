@@ -183,7 +183,7 @@ session = Session(Context(model("dense"), n_ctx=256, n_threads=2))
 session.feed(tokens(50, 1))
 pid = os.fork()
 session.feed([1])
-print(session.logits.tobytes().hex(), flush=True)
+os.write(1, session.logits.tobytes().hex().encode() + b"\\n")  # in one piece: both write to one pipe
 if not pid:
     os._exit(0)
 for _ in range(600):
