@@ -151,7 +151,10 @@ class SessionGeneration(SessionIO):
             with self._turn():
                 self._check_step()
                 self._need_logits()
-                token = int(self._logits.argmax()) if sampler is None else sampler.sample_logits(self._logits)
+                if sampler is None:
+                    token = int(self._logits.argmax())
+                else:
+                    token = sampler.sample_logits(self._logits, accept=False)
                 if model.is_eog(token):
                     break
                 try:
@@ -164,6 +167,8 @@ class SessionGeneration(SessionIO):
                     if ended is not None:
                         ended.append("full")
                     break
+                if sampler is not None:
+                    sampler.accept(token)  # what the session does not hold it is not told
                 made.append(token)
             if model.has_vocab and (piece := text.push(model.token_to_piece(token))):
                 yield piece

@@ -63,6 +63,12 @@ class SessionStore(SessionCore):
     @classmethod
     def _unchecked(cls, ctx: Context, seq_id: int, **options: Any) -> Self:
         """Make a session over a sequence that holds anything, which is about to be replaced."""
+        if "tokens" in options:
+            raise InvalidArgumentError(
+                "tokens is not for a session that is brought back: it says itself which they are",
+                name="tokens",
+                value=options["tokens"],
+            )
         self = cls.__new__(cls)
         SessionStore.__init__(self, ctx, seq_id, **options)
         return self

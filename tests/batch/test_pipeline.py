@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 
 from llamastate.batch import BatchRunner, Defaults, run_batch
@@ -391,7 +392,6 @@ def test_a_device_that_is_full(runner: BatchRunner, tmp_path: Path) -> None:
 
 
 def test_memory_is_flat(runner: BatchRunner, tmp_path: Path) -> None:
-    psutil = pytest.importorskip("psutil")
     out = tmp_path / "out"
 
     def rows() -> Iterator[bytes]:

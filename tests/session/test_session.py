@@ -456,3 +456,25 @@ def test_a_session_cannot_be_copied() -> None:
         for how in (copy.copy, copy.deepcopy, pickle.dumps):
             with pytest.raises(TypeError, match="branch"):
                 how(session)
+
+
+def test_a_sampler_is_told_what_the_session_holds() -> None:
+    """Also where the context fills up under the token that was chosen last."""
+    with context("dense", n_ctx=256) as ctx:
+        session = Session(ctx)
+        session.feed(tokens(250))
+        sampler = Sampler(ctx.model, temperature=1.0, seed=1)
+        done = session.generate(20, sampler=sampler)
+        assert done.finish_reason == "full"
+        assert 0 < len(done.tokens) < 20
+        assert sampler.state["accepted"] == list(session.tokens[250:]) == list(done.tokens)
+
+
+def test_tokens_are_not_for_a_session_that_is_brought_back(tmp_path: Path) -> None:
+    with context("dense", n_ctx=256) as ctx:
+        session = Session(ctx)
+        session.feed(tokens(20))
+        session.save(tmp_path / "a.llsnap")
+        with pytest.raises(InvalidArgumentError, match="tokens"):
+            Session.load(ctx, tmp_path / "a.llsnap", tokens=tokens(20))
+        assert session.n_past == ctx.seq_pos_max(0) + 1 == 20
