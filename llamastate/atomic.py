@@ -6,21 +6,53 @@ import contextlib
 import ctypes
 import errno
 import os
+import re
 import secrets
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-__all__ = ["fsync_folder", "write_atomically"]
+__all__ = ["fsync_folder", "litter_of", "write_atomically"]
 
 #: Bytes in one write().
 STEP = 2 << 20
 
 SYNC_FILE_RANGE_WRITE = 2
 
-#: Temporary files that this process is writing now; any other of its name is litter of a process that died.
-unfinished: set[str] = set()
+#: Temporary files that this process is writing now.
+_unfinished: set[str] = set()
+_TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?P<pid>\d+)-[0-9a-f]{8}\.tmp", re.DOTALL)
+
+
+def litter_of(path: str) -> str | None:
+    """The name of the file that was being replaced through this one, if nobody is at it any more.
+
+    Parameters
+    ----------
+    path : str
+        As :func:`write_atomically` would write it: absolute, if the folder was.
+
+    Returns
+    -------
+    str or None
+        None if it is no temporary file, this process is writing it, or a process lives that has the id of its writer.
+    """
+    match = _TEMPORARY.fullmatch(os.path.basename(path))
+    if match is None or path in _unfinished:
+        return None
+    pid = int(match["pid"])
+    return match["name"] if pid == os.getpid() or not _is_alive(pid) else None
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        return True  # somebody else's, or no process id at all: not ours to judge
+    return True
 
 
 def _find_sync_file_range() -> Any:
@@ -83,7 +115,7 @@ def write_atomically(
         raise OSError(errno.EINVAL, "Not a regular file", target)
     temporary = os.path.join(folder, f".{name[:200]}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     _wait_for_room()
-    unfinished.add(temporary)
+    _unfinished.add(temporary)
     try:
         # Opened first: once the file is in its place nothing may be left that can be refused.
         parent = _open_folder(folder) if durable else None
@@ -93,7 +125,7 @@ def write_atomically(
             if parent is not None:
                 os.close(parent)
     finally:
-        unfinished.discard(temporary)
+        _unfinished.discard(temporary)
 
 
 def _write_through(

@@ -1,10 +1,11 @@
-"""Numbers and tables as a terminal shows them."""
+"""Numbers and tables as a command line takes and a terminal shows them."""
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 
-__all__ = ["age", "print_table", "size"]
+__all__ = ["age", "count", "print_table", "size"]
 
 
 def size(n: float) -> str:
@@ -32,3 +33,11 @@ def print_table(rows: Sequence[Sequence[str]], left: Sequence[int]) -> None:
     for row in rows:
         cells = [c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
         print("  ".join(cells).rstrip())
+
+
+def count(text: str) -> int:
+    """For argparse: a number that is not negative."""
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{number} is negative")
+    return number

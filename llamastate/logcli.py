@@ -11,6 +11,7 @@ from datetime import datetime, timezone
 from typing import Any
 
 from llamastate.atomic import write_atomically
+from llamastate.clitext import count
 from llamastate.errors import LlamaStateError, LogTamperedError, SaveError, SessionNotFoundError
 from llamastate.log import (
     RestoredState,
@@ -55,7 +56,7 @@ def add_commands(commands: Any, epilog: str, form: type[argparse.HelpFormatter])
         return parser
 
     ls = part("ls", _ls, "what sessions there are, the newest first")
-    ls.add_argument("--limit", type=_count, metavar="N", help="at most so many")
+    ls.add_argument("--limit", type=count, metavar="N", help="at most so many")
     show = part("show", _show, "the entries of a session")
     show.add_argument("session", metavar="SESSION", help="its id, or a beginning that no other has")
     show.add_argument("--state", action="store_true", help="what they lead to instead")
@@ -73,13 +74,6 @@ def add_commands(commands: Any, epilog: str, form: type[argparse.HelpFormatter])
     into = part("import", _import, "add the sessions of a JSON Lines file")
     into.add_argument("file", metavar="FILE", help="- for standard input")
     into.add_argument("--partial", action="store_true", help="of a session that does not hold, add what does")
-
-
-def _count(text: str) -> int:
-    number = int(text)
-    if number < 0:
-        raise argparse.ArgumentTypeError(f"{number} is negative")
-    return number
 
 
 def _open(options: argparse.Namespace) -> SQLiteLogStore:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from llamastate import namelocks
 from llamastate.arrays import TokensLike
-from llamastate.atomic import fsync_folder, unfinished
+from llamastate.atomic import fsync_folder, litter_of
 from llamastate.errors import (
     InvalidArgumentError,
     LlamaStateError,
@@ -52,7 +52,6 @@ if TYPE_CHECKING:
 
 __all__ = ["SUFFIX", "SessionInfo", "SessionManager", "list_sessions", "saved_checkpoints"]
 
-_TEMPORARY = re.compile(r"\.(?P<name>.+)\.llsnap\.(?P<pid>\d+)-[0-9a-f]{8}\.tmp", re.DOTALL)
 _LOCK = re.compile(r"\.[0-9a-f]{32}\.lock")
 
 #: Inside the class ``list`` is a method.
@@ -454,35 +453,24 @@ class SessionManager(Closing):
     def _remove_litter(self) -> None:
         with contextlib.suppress(OSError):
             for entry in list(os.scandir(self.folder)):
-                if (match := _TEMPORARY.fullmatch(entry.name)) is not None:
-                    self._remove_temporary(entry.path, match["name"], int(match["pid"]))
+                name = litter_of(entry.path)
+                if name is not None and name.endswith(SUFFIX):
+                    self._remove_temporary(entry.path, name.removesuffix(SUFFIX))
                 elif _LOCK.fullmatch(entry.name):
                     with contextlib.suppress(StoreLockedError, OSError):
                         namelocks.drop(namelocks.acquire(entry.path, name=entry.name))
 
-    def _remove_temporary(self, path: str, name: str, pid: int) -> None:
-        """Remove what a save has left, if that process is dead and no other has the name (process ids are used again).
+    def _remove_temporary(self, path: str, name: str) -> None:
+        """Remove what a save has left, if no process has the name.
 
         The lock matters where process ids do not tell: in a folder that containers share.
         """
-        if path in unfinished or (pid != os.getpid() and _is_alive(pid)):
-            return
         with contextlib.suppress(StoreLockedError, OSError):
             held = namelocks.acquire(self._lock_path(name), name=name)
             try:
                 os.unlink(path)
             finally:
                 namelocks.drop(held)
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except (OSError, OverflowError):
-        return True  # somebody else's, or no process id at all: not ours to judge
-    return True
 
 
 def _not_found(name: str, other: str | None) -> SessionNotFoundError:

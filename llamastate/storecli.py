@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
-from llamastate.clitext import age, print_table, size
+from llamastate.clitext import age, count, print_table, size
 from llamastate.errors import FileAccessError, InvalidArgumentError
 from llamastate.prefix.disk import DiskTier
 from llamastate.prefix.index import Root, RootUse, Row
@@ -46,19 +46,12 @@ def add_commands(commands: Any, epilog: str, form: type[argparse.HelpFormatter])
     ls = part("ls", _ls, "what is stored, by model and settings")
     ls.add_argument("--entries", action="store_true", help="every block and anchor instead")
     ls.add_argument("--root", metavar="ROOT", help="only of this model: the beginning of its root")
-    ls.add_argument("--limit", type=_count, metavar="N", help="at most so many entries")
+    ls.add_argument("--limit", type=count, metavar="N", help="at most so many entries")
     part("stats", _stats, "how much there is of everything")
     verify = part("verify", _verify, "read every file and check every byte")
     verify.add_argument("--drop", action="store_true", help="remove what is damaged")
     gc = part("gc", _gc, "mend what crashes have left: files without a row, rows without a file, temporary files")
     gc.add_argument("--to", type=_bytes, metavar="SIZE", help="then evict until so much is left at most (such as 20GB)")
-
-
-def _count(text: str) -> int:
-    number = int(text)
-    if number < 0:
-        raise argparse.ArgumentTypeError(f"{number} is negative")
-    return number
 
 
 def _bytes(text: str) -> int:

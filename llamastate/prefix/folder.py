@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from llamastate.atomic import unfinished, write_atomically
+from llamastate.atomic import litter_of, write_atomically
 from llamastate.errors import CorruptStateError, LoadError, VersionMismatchError
 from llamastate.prefix.chain import KEY_BYTES
 from llamastate.prefix.entry import HEADER_BYTES, Entry, read, read_header
@@ -35,7 +35,6 @@ FORMAT = 1
 SUFFIX = ".llblk"
 
 _NAME = re.compile(r"(?P<key>[0-9a-f]{64})\.llblk")
-_TEMPORARY = re.compile(r"\..+\.(?P<pid>\d+)-[0-9a-f]{8}\.tmp", re.DOTALL)
 #: How often a file is begun whose folder, or which itself, somebody else has tidied away meanwhile.
 _TRIES = 3
 
@@ -173,13 +172,13 @@ class Folder:
             if match is not None:
                 with contextlib.suppress(OSError):
                     bucket.files[bytes.fromhex(match["key"])] = entry.stat().st_size
-            elif _is_litter(entry):
+            elif litter_of(entry.path):
                 bucket.litter.append(entry.path)
         return bucket
 
     def litter(self) -> list[str]:
         """Unfinished files of dead processes that lie outside the blocks."""
-        return [e.path for folder in (self.path, self.roots_path) for e in _scan(folder) if _is_litter(e)]
+        return [e.path for folder in (self.path, self.roots_path) for e in _scan(folder) if litter_of(e.path)]
 
     def rows(self) -> Iterator[Row]:
         """Rows for all entries, from their headers; what is damaged is left out.
@@ -257,25 +256,6 @@ def _scan(path: str) -> list[os.DirEntry[str]]:
             return list(entries)
     except OSError:
         return []
-
-
-def _is_litter(entry: os.DirEntry[str]) -> bool:
-    """Whether it is a temporary file (:mod:`llamastate.atomic`) whose writer is dead, or this process and done."""
-    match = _TEMPORARY.fullmatch(entry.name)
-    if match is None or entry.path in unfinished:
-        return False
-    pid = int(match["pid"])
-    return pid == os.getpid() or not _is_alive(pid)
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except (OSError, OverflowError):
-        return True
-    return True
 
 
 assert KEY_BYTES == 32  # as the names say
