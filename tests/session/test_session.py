@@ -27,7 +27,7 @@ from llamastate.history import Checkpoint, History
 from llamastate.session import Completion, Session
 from llamastate.textstream import TextStream
 from tests import tiny
-from tests.helpers import KINDS, assert_same_logits, context, model, tokens
+from tests.helpers import KINDS, assert_same_logits, context, tokens
 
 #: Not the recurrent ones: their memory is never full.
 GROWING = [kind for kind in KINDS if not kind.startswith("mamba")]
