@@ -3,40 +3,29 @@
 from __future__ import annotations
 
 import contextlib
-import errno
-import hashlib
 import os
 import signal
-import stat
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, is_dataclass, replace
-from typing import Any, BinaryIO, Protocol
+from dataclasses import asdict, dataclass, field, is_dataclass
+from typing import Any, Protocol
 
-import msgspec
-
-from llamastate.batch.journal import Index, Record, key_of, name_of, run_digest
-from llamastate.batch.openai import MAX_LINE, Defaults, Line, Query, parse, read_line
+from llamastate.batch.journal import Index, key_of, run_digest
+from llamastate.batch.openai import Defaults, Query, parse
 from llamastate.batch.outfile import OutputFile, StreamOutput, open_output
 from llamastate.batch.progress import Progress
 from llamastate.batch.request import Request, Result
 from llamastate.batch.responses import Names, error_line, response_line
+from llamastate.batch.resume import Placing, changed, take_up
+from llamastate.batch.source import Source
 from llamastate.errors import (
-    BatchChangedError,
-    FileAccessError,
     InvalidArgumentError,
     InvalidRequestError,
     LlamaStateError,
-    StateFileNotFoundError,
 )
-from llamastate.words import brief
 
 __all__ = ["BatchSummary", "Runner", "check_input", "run_batch"]
-
-#: Names that an error about changed bodies tells, of any number.
-_TELL = 8
 
 
 class Runner(Protocol):
@@ -239,103 +228,6 @@ def names_of(runner: Any, model_name: str | None) -> Names:
     return Names(name, lambda token: bytes(model.token_to_piece(token, special=True)))
 
 
-# --- input ------------------------------------------------------------------------------------------------------------
-
-
-class Source:
-    """Lines, read as they are asked for. What is a file can be read again."""
-
-    def __init__(self, given: Any) -> None:
-        self._given = given
-        self.path: str | None = None
-        if isinstance(given, (str, bytes, os.PathLike)) and given not in ("-", b"-"):
-            self.path = os.fsdecode(given)
-            try:
-                if os.path.isdir(self.path):
-                    raise IsADirectoryError(errno.EISDIR, "Is a directory", self.path)
-                self._stat = os.stat(self.path)
-            except FileNotFoundError:
-                raise StateFileNotFoundError(f"there is no {self.path!r}", path=self.path, reason="not there") from None
-            except (OSError, ValueError) as error:
-                raise _unreadable(self.path, error) from None
-
-    @property
-    def again(self) -> bool:
-        """Whether it can be read more than once."""
-        return self.path is not None and stat.S_ISREG(self._stat.st_mode)
-
-    @property
-    def stamp(self) -> list[int] | None:
-        """Tells a file from the same one changed."""
-        return [self._stat.st_size, self._stat.st_mtime_ns] if self.again else None
-
-    def count(self) -> int | None:
-        """Lines, blank ones too."""
-        if not self.again:
-            return None
-        n, last = 0, b"\n"
-        with self._open() as file:
-            while chunk := file.read(1 << 20):
-                n, last = n + chunk.count(b"\n"), chunk
-        return n + (not last.endswith(b"\n"))
-
-    def lines(self) -> Iterator[tuple[int, bytes]]:
-        """Numbered from 1, without the blank ones."""
-        for number, raw in enumerate(self._raw(), 1):
-            if raw.strip():
-                yield number, raw
-
-    def _raw(self) -> Iterator[bytes]:
-        if self.path is not None:
-            with self._open() as file:
-                yield from _read(file, self.path)
-        elif self._given in ("-", b"-"):
-            yield from _read(sys.stdin.buffer, "-")
-        elif hasattr(self._given, "readline"):
-            yield from _read(self._given, "the input")
-        else:
-            for item in self._given:
-                yield _as_line(item)
-
-    def _open(self) -> BinaryIO:
-        try:
-            return open(str(self.path), "rb")
-        except OSError as error:
-            raise _unreadable(str(self.path), error) from None
-
-
-def _read(file: BinaryIO, path: str) -> Iterator[bytes]:
-    while True:
-        try:
-            raw = file.readline(MAX_LINE + 1)
-            if len(raw) > MAX_LINE:
-                while (rest := file.readline(1 << 20)) and not rest.endswith(b"\n"):
-                    pass  # nothing of so long a line is kept
-        except OSError as error:
-            raise _unreadable(path, error) from None
-        if not raw:
-            return
-        yield raw
-
-
-def _as_line(item: Any) -> bytes:
-    if isinstance(item, str):
-        return item.encode("utf-8", "surrogatepass")
-    if isinstance(item, (bytes, bytearray, memoryview)):
-        return bytes(item)
-    try:
-        return msgspec.json.encode(dict(item) if isinstance(item, Mapping) else item)
-    except (TypeError, ValueError, OverflowError) as error:
-        raise InvalidArgumentError(f"an item of the input is no JSON: {error}", name="input", value=item) from None
-
-
-def _unreadable(path: str, error: Exception) -> FileAccessError:
-    reason = getattr(error, "strerror", None) or str(error)
-    return FileAccessError(
-        f"cannot read {path!r}: {reason}", path=path, reason=reason, code=getattr(error, "errno", None)
-    )
-
-
 # --- the run ----------------------------------------------------------------------------------------------------------
 
 
@@ -357,35 +249,6 @@ class Pending:
         if self.error is None:
             self.error = result.error
         return not self.left
-
-
-class Placing:
-    """The lines of an input, each with the name that its result goes by."""
-
-    def __init__(self, source: Source, index: Index | None = None) -> None:
-        self._source = source
-        self._index = index or Index()
-
-    def lines(self) -> Iterator[tuple[Line, bytes]]:
-        """All of them, once."""
-        index = self._index
-        for number, raw in self._source.lines():
-            line = read_line(raw, number)
-            if line.custom_id is not None:
-                name = name_of(line.custom_id, "")
-                if not index.see(name):
-                    yield line, name
-                    continue
-                line = _repeated(line, raw)
-            # what it says is all that tells such a line from others, and a count where they say the same
-            n = index.see(name_of(None, line.digest.hex()))
-            if n:
-                line = replace(line, digest=_digest(b"%d " % n + line.digest))
-            yield line, name_of(None, key_of(line, "").body)
-
-    def close(self) -> None:
-        """Let go of what it has counted."""
-        self._index.close()
 
 
 class _Run:
@@ -414,7 +277,15 @@ class _Run:
         reason = "failed"
         try:
             if isinstance(self.output, OutputFile):
-                self.prepare(self.output, resume=resume, retry_errors=retry_errors, on_change=on_change)
+                take_up(
+                    self.output,
+                    self.source,
+                    self.index,
+                    self.run,
+                    resume=resume,
+                    retry_errors=retry_errors,
+                    on_change=on_change,
+                )
             self.began = time.perf_counter()
             if self.on_progress is not None:
                 self.progress.total = self.source.count()
@@ -432,43 +303,6 @@ class _Run:
             self.output.close(reason=reason, failed=self.progress.failed)
         return self.summary()
 
-    def prepare(self, output: OutputFile, *, resume: bool, retry_errors: bool, on_change: str) -> None:
-        """Find what is done already, and refuse or remove what has changed."""
-        if not resume:
-            output.open(None, anew=True, input=self.source.stamp)
-            return
-        dropped = output.scan(self.index, on_change=on_change, drop_failed=retry_errors)
-        stamp = self.source.stamp
-        if output.n_found and self.source.again and (stamp is None or stamp != output.journal.input):
-            dropped += self.compare(output, on_change)
-        elif on_change == "redo" and output.n_found and not self.source.again:
-            raise InvalidArgumentError(
-                "on_change='redo' needs an input that can be read twice", name="on_change", value=on_change
-            )
-
-        def keep(record: Record) -> bool:
-            """As the index has it, and once."""
-            return self.index.get(record.name) == record.key and not self.index.see(b"kept" + record.name)
-
-        output.open(keep if dropped else None, input=stamp)
-
-    def compare(self, output: OutputFile, on_change: str) -> int:
-        """Look for requests that are not what was answered under their names; forget those answers."""
-        changed: list[str] = []
-        count = 0
-        with contextlib.closing(Placing(self.source)) as placing:
-            for line, name in placing.lines():
-                key = self.index.get(name)
-                if key is not None and key.body != key_of(line, self.run).body:
-                    count += 1
-                    if len(changed) < _TELL:
-                        changed.append(str(line.custom_id))
-                    if on_change == "redo":
-                        self.index.remove(name)
-        if count and on_change == "error":
-            raise _changed(output.path, changed, count)
-        return count
-
     # --- one line after the other -------------------------------------------------------------------------------------
 
     def requests(self) -> Iterator[Request]:
@@ -481,7 +315,7 @@ class _Run:
                 key = key_of(line, self.run)
                 if (found := self.index.get(name)) is not None:
                     if found != key:
-                        raise _changed(self.output.path, [str(line.custom_id)], 1)
+                        raise changed(self.output.path, [str(line.custom_id)], 1)
                     self.progress.skipped += 1
                     continue
                 try:
@@ -577,24 +411,3 @@ class _Run:
             seconds=time.perf_counter() - self.began,
             runner=asdict(stats) if is_dataclass(stats) and not isinstance(stats, type) else {},
         )
-
-
-def _changed(path: str, names: list[str], count: int) -> BatchChangedError:
-    told = ", ".join(map(repr, names)) + (", ..." if count > len(names) else "")
-    return BatchChangedError(
-        f"{path!r} has answers to other requests by the names {told}: redo them (on_change), or write to another file",
-        path=path, field="body", custom_ids=tuple(names), count=count,
-    )  # fmt: skip
-
-
-def _repeated(line: Line, raw: bytes) -> Line:
-    """A line whose custom_id an earlier one had: its error cannot go by that name, which is the earlier one's."""
-    error = InvalidRequestError(
-        f"line {line.number}: custom_id {brief(line.custom_id)} was used before",
-        code="duplicate_custom_id", param="custom_id", line=line.number, custom_id=line.custom_id, reason="used before",
-    )  # fmt: skip
-    return Line(line.number, None, "", b"", _digest(raw.strip()), error)
-
-
-def _digest(data: bytes) -> bytes:
-    return hashlib.blake2b(data, digest_size=16, person=b"line").digest()

@@ -31,9 +31,11 @@ from typing import TYPE_CHECKING, Any
 from llamastate.atomic import fsync_folder
 from llamastate.batch.journal import key_of, run_digest
 from llamastate.batch.openai import Defaults, parse, read_line
-from llamastate.batch.pipeline import BatchSummary, Pending, Placing, Source, facts_of, names_of, run_batch
+from llamastate.batch.pipeline import BatchSummary, Pending, facts_of, names_of, run_batch
 from llamastate.batch.request import Malformed, Request
 from llamastate.batch.responses import error_line, response_line
+from llamastate.batch.resume import Placing
+from llamastate.batch.source import Source
 from llamastate.errors import FileAccessError, InvalidRequestError, LoadError, SaveError
 
 if TYPE_CHECKING:
