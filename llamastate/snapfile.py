@@ -7,8 +7,9 @@ either gives a directory whose every section lies inside them, or a typed error.
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import IntEnum
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import xxhash
@@ -22,14 +23,16 @@ __all__ = [
     "SEALED",
     "VERSION",
     "Directory",
+    "Form",
     "Kind",
     "Section",
     "checksum",
+    "form",
     "lay_out",
     "read",
     "seal",
+    "section_key",
     "section_name",
-    "write_table",
 ]
 
 #: The first byte is no text, and the ends of line show a transfer that rewrote them.
@@ -79,7 +82,6 @@ _NAMES: dict[int, str] = {
 #: Without these nothing can be restored.
 _REQUIRED = frozenset((Kind.FINGERPRINT, Kind.TOKENS, Kind.STATE))
 _NO_CHECKSUM = bytes(16)
-_PADDING = bytes(ALIGNMENT)
 
 
 class Section(NamedTuple):
@@ -102,6 +104,22 @@ class Directory(NamedTuple):
     total: int
     sealed: bool
     sections: dict[tuple[int, int], Section]
+
+
+class Form(NamedTuple):
+    """How an image lies, before it is sealed: all of it but the contents of sections."""
+
+    #: Header, table and zeros, up to the first section.
+    front: bytes
+    sections: tuple[Section, ...]
+    by_key: Mapping[tuple[int, int], Section]
+    total: int
+
+
+def section_key(section: Section) -> tuple[int, int]:
+    """How sections are looked up: by kind, those of checkpoints by number as well."""
+    numbered = section.kind in (Kind.CHECKPOINT_STATE, Kind.CHECKPOINT_LOGITS)
+    return section.kind, section.detail if numbered else 0
 
 
 def section_name(section: Section) -> str:
@@ -136,36 +154,32 @@ def lay_out(items: Sequence[tuple[int, int, int]]) -> list[Section]:
     return sections
 
 
-def write_table(image: memoryview, sections: Sequence[Section], *, flags: int = 0) -> int:
-    """Write header and table, and zeros into the gaps; the contents of sections are left alone.
+# Cached: a state is taken again and again at the same sizes. After a copy of many megabytes, which has driven all else
+# out of the processor's caches, it is the number of things touched that takes time.
+@lru_cache(maxsize=64)
+def form(items: tuple[tuple[int, int, int], ...]) -> Form:
+    """How an image of these sections, (kind, detail, length) each, lies."""
+    sections = tuple(lay_out(items))
+    front = _front(sections, sealed=False).ljust(sections[0].offset, b"\0")
+    end = sections[-1].offset + sections[-1].length
+    return Form(front, sections, {section_key(s): s for s in sections}, end)
 
-    Returns
-    -------
-    int
-        Bytes of the whole image.
-    """
-    # in one piece: this comes right after a copy that has driven all else out of the caches
-    entries = b"".join([_ENTRY.pack(k, f, offset, n, d, 0, digest) for k, f, offset, n, d, digest in sections])
-    at = _HEADER_BYTES + len(entries)
-    image[_HEADER_BYTES:at] = entries
-    table = _NO_CHECKSUM
-    for _, _, offset, length, _, _ in sections:
-        if offset > at:
-            image[at:offset] = _PADDING[: offset - at]
-        at = offset + length
-    if flags & SEALED:
-        end = _HEADER_BYTES + _ENTRY_BYTES * len(sections)
-        table = checksum(image[_HEADER_BYTES:end])
-    _HEADER.pack_into(image, 0, MAGIC, VERSION, len(sections), at, flags, table, _NO_CHECKSUM)
-    if flags & SEALED:
-        image[_CHECKED:_HEADER_BYTES] = checksum(image[:_CHECKED])
-    return at
+
+def _front(sections: Sequence[Section], *, sealed: bool) -> bytes:
+    """Header and table."""
+    table = b"".join([_ENTRY.pack(k, f, offset, n, d, 0, digest) for k, f, offset, n, d, digest in sections])
+    total = sections[-1].offset + sections[-1].length
+    if not sealed:
+        return _HEADER.pack(MAGIC, VERSION, len(sections), total, 0, _NO_CHECKSUM, _NO_CHECKSUM) + table
+    header = _HEADER.pack(MAGIC, VERSION, len(sections), total, SEALED, checksum(table), _NO_CHECKSUM)[:_CHECKED]
+    return header + checksum(header) + table
 
 
 def seal(image: memoryview, sections: Sequence[Section]) -> list[Section]:
     """Fill all checksums in. Reads every byte once."""
     done = [s._replace(checksum=checksum(image[s.offset : s.offset + s.length])) for s in sections]
-    write_table(image, done, flags=SEALED)
+    front = _front(done, sealed=True)
+    image[: len(front)] = front
     return done
 
 
@@ -265,8 +279,7 @@ def _known(sections: Sequence[Section]) -> dict[tuple[int, int], Section]:
                     found=section.kind,
                 )
             continue
-        numbered = section.kind in (Kind.CHECKPOINT_STATE, Kind.CHECKPOINT_LOGITS)
-        key = section.kind, section.detail if numbered else 0
+        key = section_key(section)
         if key in found:
             raise _corrupt("table", row, f"{section_name(section)} is there twice")
         found[key] = section

@@ -24,14 +24,14 @@ from llamastate.errors import ClosedError, CorruptStateError, FileAccessError
 from llamastate.fingerprint import Fingerprint
 from llamastate.flags import SeqFlags
 from llamastate.lifetimes import Closing
-from llamastate.snapfile import Kind, Section
+from llamastate.snapfile import Kind, Section, section_key
 from llamastate.snapparts import CheckpointRecord, is_row
 from llamastate.statefiles import naming, reading, save
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["OVERLAP", "SnapshotImage", "corrupt", "section_key", "verify_section"]
+__all__ = ["OVERLAP", "SnapshotImage", "corrupt", "verify_section"]
 
 #: Above this many bytes a state is hashed in a second thread while it is copied or written.
 OVERLAP = 4 << 20
@@ -43,7 +43,8 @@ class SnapshotImage(Exporter, Closing):
     #: The file that it was opened from.
     path: str | None
     _span: Span | None
-    _sections: dict[tuple[int, int], Section]
+    #: Never changed, only replaced: snapshots of the same sizes share one.
+    _sections: Mapping[tuple[int, int], Section]
     _sealed: bool
     _unverified: set[tuple[int, int]]
     _lock: threading.Lock
@@ -57,9 +58,9 @@ class SnapshotImage(Exporter, Closing):
         self = cls.__new__(cls)
         self.path = None
         self._span = span
-        self._sections = dict(sections)
+        self._sections = sections
         self._sealed = sealed
-        self._unverified = set(self._sections) if verify else set()
+        self._unverified = set(sections) if verify else set()
         self._lock = threading.Lock()
         self._found_fingerprint = None
         return self
@@ -337,12 +338,6 @@ class _Checkpoints(Sequence[CheckpointRecord]):
             snapshot._array(Kind.CHECKPOINT_STATE, i, "u1") if has_state else None,
             snapshot._array(Kind.CHECKPOINT_LOGITS, i, "<f4") if has_logits else None,
         )
-
-
-def section_key(section: Section) -> tuple[int, int]:
-    """How sections are looked up: by kind, those of checkpoints by number as well."""
-    numbered = section.kind in (Kind.CHECKPOINT_STATE, Kind.CHECKPOINT_LOGITS)
-    return section.kind, section.detail if numbered else 0
 
 
 def verify_section(view: memoryview, section: Section) -> None:

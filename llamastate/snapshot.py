@@ -11,6 +11,8 @@ from __future__ import annotations
 import pickle
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from operator import index
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import numpy as np
@@ -19,7 +21,7 @@ import numpy.typing as npt
 from llamastate import layout, restore, snapfile, snapimage
 from llamastate._native import decode, memory, state
 from llamastate._native.exporter import Span
-from llamastate.arrays import TokensLike, as_bytes_view, as_index, as_tokens
+from llamastate.arrays import TokensLike, as_index, as_tokens
 from llamastate.errors import (
     BufferTooSmallError,
     CorruptStateError,
@@ -33,8 +35,8 @@ from llamastate.fingerprint import require_same
 from llamastate.flags import SeqFlags
 from llamastate.layout import KVSchema
 from llamastate.sampler import Sampler
-from llamastate.snapfile import Kind, Section
-from llamastate.snapimage import SnapshotImage, corrupt, section_key, verify_section
+from llamastate.snapfile import Form, Kind, Section, section_key
+from llamastate.snapimage import SnapshotImage, corrupt, verify_section
 from llamastate.snapparts import (
     CheckpointFlags,
     CheckpointRecord,
@@ -49,6 +51,7 @@ from llamastate.statefiles import naming
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+    from llamastate._native.handles import ContextHandle
     from llamastate.context import Context
     from llamastate.layout import Schema, SequenceInfo
 
@@ -129,7 +132,7 @@ class Snapshot(SnapshotImage):
         """
         _check_context(ctx)
         ids = as_tokens(tokens, ctx.model.n_vocab)
-        items: list[tuple[int, int, Any]] = [(Kind.FINGERPRINT, 0, None), (Kind.TOKENS, 0, ids)]
+        items: list[tuple[int, int, Any]] = [(Kind.FINGERPRINT, 0, b""), (Kind.TOKENS, 0, ids)]
         row = None if logits is None else logits_section(logits, ctx.model.n_vocab)
         if logits is not None:
             items.append((Kind.LOGITS, 0, np.empty(ctx.model.n_vocab, np.float32) if row is None else row))
@@ -137,28 +140,30 @@ class Snapshot(SnapshotImage):
             items.append((Kind.SAMPLER, 0, sampler_section(sampler)))
         if metadata is not None:
             items.append((Kind.METADATA, 0, json_section("metadata", metadata)))
-        items += checkpoint_sections(list(checkpoints))
+        if records := list(checkpoints):
+            items += checkpoint_sections(records)
         with ctx._handle as handle:
             state.check(handle, seq_id, 0)
-            seq = as_index(seq_id, "seq_id", InvalidArgumentError)
-            ctx._refuse_pending("Snapshot.take", seq)
-            _check_step(len(ids), *ctx._span(seq), ctx.schema)
+            seq = index(seq_id)
+            if handle.shifted:
+                ctx._refuse_pending("Snapshot.take", seq)
+            schema = ctx.schema
+            _check_step(len(ids), memory.seq_pos_min(handle, seq), memory.seq_pos_max(handle, seq), schema)
             if logits is not None and row is None:
                 decode.logits_into(handle, handle.last_output(seq), items[2][2])
             fingerprint = ctx.fingerprint
             items[0] = (Kind.FINGERPRINT, 0, fingerprint.json)
-            places = [(kind, detail, memoryview(data).nbytes) for kind, detail, data in items]
-            # the state comes last: so it has a place before its size is known
-            *sections, last = snapfile.lay_out([*places, (Kind.STATE, 0, 0)])
-            buffer, n = _fill(ctx, seq, len(ids), last.offset, out)
-        sections.append(Section(last.kind, last.flags, last.offset, n, last.detail))
-        span = Span(buffer, last.offset + n, True)
-        with memoryview(span) as image:
-            snapfile.write_table(image, sections)
-            for (_, _, data), section in zip(items, sections, strict=False):
-                if section.length:
-                    image[section.offset : section.offset + section.length] = memoryview(data).cast("B")
-        self = cls._new(span, {section_key(s): s for s in sections}, sealed=False, verify=False)
+            sizes = [(kind, detail, memoryview(data).nbytes) for kind, detail, data in items]
+            span, form = _room(handle, seq, sizes, _at_most(schema, len(ids)), out)
+            # The state comes last, in the file and here: after a copy of many megabytes all else is slow for a while.
+            _write(span, form, items)
+            last = form.sections[-1]
+            n = state.seq_get_data_into(handle, span, seq, 0, last.length, last.offset)
+            if n != last.length:
+                form = snapfile.form((*sizes, (Kind.STATE, 0, n)))
+                span.resize(form.total)
+                span.write(0, form.front, len(form.front))
+        self = cls._new(span, form.by_key, sealed=False, verify=False)
         self._found_fingerprint = fingerprint
         return self
 
@@ -276,34 +281,62 @@ def _check_context(ctx: object) -> None:
 # --- taking ---------------------------------------------------------------------------------------------------------
 
 
-def _fill(ctx: Context, seq: int, n: int, start: int, out: Any) -> tuple[Any, int]:
-    """Get the state into ``out`` from ``start`` on, or into new memory; the buffer, and bytes of the state."""
-    handle = ctx._handle
-    old = out if isinstance(out, Snapshot) else None
-    if old is not None:
-        span = old._image()
-        if span.views:
-            raise InvalidBufferError(
-                f"the snapshot given as out has {span.views} views in use", reason="in use", type="Snapshot"
-            )
-        fits = span.writable and span.capacity >= start + state.seq_get_size(handle, seq, 0)
-        source = span.source if fits else None
-        old.close()
-        out = source
+def _room(
+    handle: ContextHandle, seq: int, sizes: list[tuple[int, int, int]], at_most: int, out: Any
+) -> tuple[Span, Form]:
+    """Memory for a snapshot, which is ``out``'s if that will do, and how it is going to lie there.
+
+    Parameters
+    ----------
+    handle : ContextHandle
+    seq : int
+    sizes : list of (kind, detail, length)
+        The sections in front of the state.
+    at_most : int
+        Bytes that the state does not exceed. How many it is costs a walk over all cells, and is asked only where there
+        is no room for so many.
+    out : buffer, Snapshot or None
+    """
+
+    def exactly() -> Form:
+        return snapfile.form((*sizes, (Kind.STATE, 0, state.seq_get_size(handle, seq, 0))))
+
     if out is None:
-        size = start + state.seq_get_size(handle, seq, 0)
-        # a conversation grows: leave room, so that the next snapshot finds its memory touched (untouched costs none)
-        out = np.empty(size if old is None else size + size // 8, np.uint8)
-    with as_bytes_view(out) as view, view[start:] as place:
-        try:
-            if view.nbytes >= start:
-                return out, state.seq_get_data_into(handle, place, seq, 0, _at_most(ctx.schema, n))
-        except BufferTooSmallError:
-            pass
-        needed = start + state.seq_get_size(handle, seq, 0)
+        form = exactly()
+        return Span(np.empty(form.total, np.uint8), form.total, True), form
+    form = snapfile.form((*sizes, (Kind.STATE, 0, at_most)))
+    if isinstance(out, Snapshot):
+        held = out._image()
+        if held.views:
+            raise InvalidBufferError(
+                f"the snapshot given as out has {held.views} views in use", reason="in use", type="Snapshot"
+            )
+        room, source = held.capacity if held.writable else 0, held.source
+        if room < form.total:
+            form = exactly()
+        out.close()
+        if room < form.total:
+            # a conversation grows: leave room, so that the next snapshot finds memory that has been touched
+            source = np.empty(form.total + form.total // 8, np.uint8)
+        return Span(source, form.total, True), form
+    span = Span(out, 0, True)
+    if span.capacity < form.total:
+        form = exactly()
+    try:
+        span.resize(form.total)
+    except BufferTooSmallError as error:
+        needed, got = error.needed, error.got
         raise BufferTooSmallError(
-            f"the snapshot takes {needed} bytes, the buffer has {view.nbytes}", needed=needed, got=view.nbytes
-        )
+            f"the snapshot takes {needed} bytes, the buffer has {got}", needed=needed, got=got
+        ) from None
+    return span, form
+
+
+def _write(span: Span, form: Form, items: list[tuple[int, int, Any]]) -> None:
+    """Write all but the state."""
+    span.write(0, form.front, len(form.front))
+    for (_, _, data), (section, following) in zip(items, pairwise(form.sections), strict=True):
+        span.write(section.offset, data, following.offset)
 
 
 def _at_most(schema: Schema, n: int) -> int:

@@ -7,9 +7,14 @@ from cpython.buffer cimport (
     PyBuffer_FillInfo,
     PyObject_GetBuffer,
 )
+from libc.string cimport memmove, memset
 
 from llamastate._native.buffers cimport Pinned, pin
 from llamastate.errors import BufferTooSmallError
+
+
+# From so many bytes on it is worth letting others have the GIL while they are copied.
+cdef Py_ssize_t LARGE = 1 << 16
 
 
 cdef class Span:
@@ -31,15 +36,62 @@ cdef class Span:
     cdef readonly object source
 
     def __init__(self, obj, Py_ssize_t length, bint writable):
-        cdef Pinned held = pin(obj, writable)
-        if not 0 <= length <= held.view.len:
-            got = held.view.len
-            held.release()
-            raise BufferTooSmallError(f"the buffer has {got} bytes, not {length}", needed=length, got=got)
-        self.held = held
-        self.length = length
+        self.held = pin(obj, writable)
         self.writable = writable
         self.source = obj
+        try:
+            self.resize(length)
+        except BaseException:
+            self.release()
+            raise
+
+    def resize(self, Py_ssize_t length):
+        """Show another number of bytes.
+
+        Raises
+        ------
+        BufferTooSmallError
+            The buffer has fewer.
+        BufferError
+            Views are out, or it has been released.
+        """
+        self.check_free()
+        if not 0 <= length <= self.held.view.len:
+            got = self.held.view.len
+            raise BufferTooSmallError(f"the buffer has {got} bytes, not {length}", needed=length, got=got)
+        self.length = length
+
+    def write(self, Py_ssize_t at, obj, Py_ssize_t end):
+        """Copy a buffer to ``at``, and zeros from where it ends to ``end``.
+
+        Raises
+        ------
+        ValueError
+            It does not fit between ``at`` and ``end``, or these are not inside.
+        BufferError
+            Read-only, or released.
+        """
+        cdef Pinned src
+        cdef char * place
+        cdef Py_ssize_t n
+        if self.held is None or not self.writable:
+            raise BufferError("the buffer is read-only" if self.held is not None else "the buffer has been released")
+        src = pin(obj, False)
+        try:
+            n = src.view.len
+            if not 0 <= at <= end <= self.length or n > end - at:
+                raise ValueError(f"{n} bytes at {at} do not end before {end}, in a span of {self.length}")
+            place = <char *> self.held.view.buf + at
+            if n < LARGE:
+                memmove(place, src.view.buf, n)
+            else:
+                self.views += 1  # nobody may release it meanwhile
+                with nogil:
+                    memmove(place, src.view.buf, n)
+                self.views -= 1
+            memset(place + n, 0, end - at - n)
+        finally:
+            src.release()
 
     @property
     def nbytes(self):
@@ -61,6 +113,13 @@ cdef class Span:
         """Where the bytes lie, 0 once released."""
         return 0 if self.held is None else <size_t> self.held.view.buf
 
+    cdef int check_free(self) except -1:
+        if self.views:
+            raise BufferError(f"{self.views} views of it are still in use")
+        if self.held is None:
+            raise BufferError("the buffer has been released")
+        return 0
+
     def release(self):
         """Give the buffer back. Idempotent.
 
@@ -69,9 +128,8 @@ cdef class Span:
         BufferError
             Views are out.
         """
-        if self.views:
-            raise BufferError(f"{self.views} views of it are still in use")
         if self.held is not None:
+            self.check_free()
             self.held.release()
             self.held = None
             self.source = None

@@ -31,11 +31,9 @@ cdef uint32_t known(flags) except? 0xFFFFFFFF:
     return <uint32_t> n
 
 
-cdef int check_space(size_t needed, Pinned out) except -1:
-    if <size_t> out.view.len < needed:
-        raise BufferTooSmallError(
-            f"the state takes {needed} bytes, the buffer has {out.view.len}", needed=needed, got=out.view.len
-        )
+cdef int check_space(size_t needed, size_t got) except -1:
+    if got < needed:
+        raise BufferTooSmallError(f"the state takes {needed} bytes, the buffer has {got}", needed=needed, got=got)
     return 0
 
 
@@ -66,7 +64,7 @@ def get_data_into(ContextHandle h, out):
             log.clear_errors()
             with nogil:
                 needed = c.llama_state_get_size(h.ptr)
-            check_space(needed, buf)
+            check_space(needed, <size_t> buf.view.len)
             with nogil:
                 written = c.llama_state_get_data(h.ptr, <uint8_t *> buf.view.buf, needed)
             if written != needed:
@@ -120,15 +118,16 @@ def seq_get_size(ContextHandle h, seq_id, flags):
         h.release()
 
 
-def seq_get_data_into(ContextHandle h, out, seq_id, flags, size_t at_most=0):
-    """``llama_state_seq_get_data_ext`` into ``out``; the number of bytes written.
+def seq_get_data_into(ContextHandle h, out, seq_id, flags, size_t at_most=0, size_t start=0):
+    """``llama_state_seq_get_data_ext`` into ``out`` from ``start`` on; the number of bytes written.
 
     ``at_most`` is a size that the state does not exceed, if the caller knows one: it saves a walk over all cells when
     the buffer has room for that.
     """
     cdef Pinned buf = pin(out, True)
     cdef size_t needed, written
-    cdef bint known_to_fit = 0 < at_most <= <size_t> buf.view.len
+    cdef size_t room = <size_t> buf.view.len - min(start, <size_t> buf.view.len)
+    cdef bint known_to_fit = 0 < at_most <= room
     cdef int32_t seq
     cdef uint32_t f
     try:
@@ -141,9 +140,9 @@ def seq_get_data_into(ContextHandle h, out, seq_id, flags, size_t at_most=0):
             else:
                 with nogil:
                     needed = c.llama_state_seq_get_size_ext(h.ptr, seq, f)
-                check_space(needed, buf)
+                check_space(needed, room)
             with nogil:
-                written = c.llama_state_seq_get_data_ext(h.ptr, <uint8_t *> buf.view.buf, needed, seq, f)
+                written = c.llama_state_seq_get_data_ext(h.ptr, <uint8_t *> buf.view.buf + start, needed, seq, f)
             if written != needed and not (known_to_fit and 0 < written < needed):
                 raise save_failed("state_seq_get_data", written, needed)
             return written

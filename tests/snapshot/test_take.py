@@ -25,6 +25,7 @@ from llamastate import (
     TokenizeError,
     TokensMismatchError,
 )
+from llamastate._native.exporter import Span
 from tests.helpers import context, tokens
 
 IDS = tokens(90, seed=9)
@@ -251,6 +252,48 @@ def test_a_snapshot_is_used_again(filled: Context):
     again = Snapshot.take(filled, 0, [*IDS, *tokens(100), 1], out=longer)
     assert again._image().address == address
     assert again.restore(filled, 1) == 191
+
+
+@pytest.mark.parametrize("kind", ["dense", "iswa", "mamba", "jamba", "lfm2swa"])
+@pytest.mark.parametrize("n", [0, 1, 90])
+def test_used_memory_makes_no_difference(kind: str, n: int):
+    """How large a state can be at most is known beforehand; how large it is, of some kinds, only afterwards."""
+    with context(kind) as ctx:
+        if n:
+            ctx.prefill(IDS[:n])
+        extra = {"logits": "last" if n else None, "metadata": {"n": n}}
+        fresh = Snapshot.take(ctx, 0, IDS[:n], **extra)
+        for room in (0, 1, 1 << 20):
+            out = np.full(fresh.nbytes + room, 7, np.uint8)
+            for _ in range(2):
+                snapshot = Snapshot.take(ctx, 0, IDS[:n], out=out, **extra)
+                assert bytes(memoryview(snapshot)) == bytes(memoryview(fresh))
+                assert (out[fresh.nbytes :] == 7).all()
+
+
+def test_a_span_is_written_inside_only():
+    memory = np.full(100, 7, np.uint8)
+    span = Span(memory, 10, True)
+    span.write(2, b"ab", 6)
+    assert memory[:8].tobytes() == b"\7\7ab\0\0\7\7"
+    for at, data, end in ((0, b"abc", 2), (-1, b"a", 5), (5, b"", 4), (9, b"ab", 11), (1 << 62, b"a", 1 << 62)):
+        with pytest.raises(ValueError, match="do not end before"):
+            span.write(at, data, end)
+    with pytest.raises(BufferTooSmallError):
+        span.resize(101)
+    span.resize(100)
+    large = np.arange(1 << 16, dtype=np.uint8)
+    with pytest.raises(ValueError, match="65536 bytes"):
+        span.write(0, large, 100)
+    with memoryview(span), pytest.raises(BufferError):
+        span.resize(50)
+    assert memory[8:].tolist() == [7] * 92
+    span.release()
+    for use in (lambda: span.resize(1), lambda: span.write(0, b"", 0)):
+        with pytest.raises(BufferError, match="released"):
+            use()
+    with pytest.raises(BufferError, match="read-only"):
+        Span(memory, 10, False).write(0, b"a", 1)
 
 
 def test_a_snapshot_in_use_is_not_overwritten(filled: Context, tmp_path):
