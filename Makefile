@@ -29,7 +29,7 @@ help:
 	@echo "make demo    a batch of 64 questions on real texts, killed in the middle and gone on with, against one by one"
 	@echo "make test    all tests"
 	@echo "make bench   the ratios of the README, measured here"
-	@echo "make bench-peers   an environment for cyllama, so that the bench can compare with it"
+	@echo "make bench-peers   environments for cyllama, xllamacpp and llama-cpp-python's server, to compare with"
 	@echo "make lint    ruff, mypy, and stubs against the compiled modules"
 	@echo "make format  let ruff rewrite the sources"
 	@echo "make sanitize   fuzz and tests of hostile input with AddressSanitizer and UBSan (Linux, gcc)"
@@ -47,10 +47,21 @@ test: build models
 bench: build models $(DONE)/bench
 	$(PY) -m pytest bench $(TEST_OPTIONS)
 
-# cyllama brings a llama.cpp of its own, and so has to stay out of .venv.
-bench-peers:
-	@test -x .venv-cyllama/bin/python || $(PYTHON) -m venv .venv-cyllama
+# cyllama and xllamacpp each bring a llama.cpp of their own, and so have to stay out of .venv. The server in
+# llama-cpp-python's examples comes with its sources, and runs on the llama-cpp-python of .venv.
+SERVER_NEEDS := fastapi jinja2 numpy openai pydantic safetensors uvicorn websockets
+bench-peers: build
+	@for name in cyllama xllamacpp server; do \
+		test -x .venv-$$name/bin/python || $(PYTHON) -m venv .venv-$$name || exit 1; done
 	.venv-cyllama/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_OPTIONS) cyllama
+	.venv-xllamacpp/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_OPTIONS) xllamacpp
+	.venv-server/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_OPTIONS) $(SERVER_NEEDS)
+	$(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+		>"$$(.venv-server/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/llama.pth"
+	@version=$$($(PY) -c 'import importlib.metadata as m; print(m.version("llama-cpp-python"))') && cd .venv-server && \
+	if [ ! -e llama_cpp_python-$$version ]; then \
+		bin/python -m pip download --quiet --no-deps --no-binary :all: $(PIP_OPTIONS) llama-cpp-python==$$version && \
+		tar xzf llama_cpp_python-$$version.tar.gz; fi
 
 lint: build
 	$(PY) -m ruff check .
