@@ -2,9 +2,10 @@
 
 llama.cpp tells nobody which layers have a cache, of which types and row sizes: that takes the model's
 hyperparameters and an ``if`` per architecture. But it writes all of it in front of the rows of any state. So a scratch
-context of the same model and the same cache types, as small as llama.cpp makes them, decodes one token, and its
-state is the template that every blob is compared with. It costs a few milliseconds, once for a model and
-its cache settings; the user's own context is not touched.
+context of the same model and the same cache types, as small as llama.cpp makes them, takes one token, and its state
+is the template that every blob is compared with. Nothing of that token is computed but the first node of its graph:
+what is in the rows does not matter. So it costs a few milliseconds, however large the model, once for a model and its
+cache settings; the user's own context is not touched.
 """
 
 from __future__ import annotations
@@ -170,7 +171,7 @@ def _schema_of(model: Model, weights: ModelHandle, params: dict[str, Any]) -> Sc
 
 def _probe(model: Model, weights: ModelHandle, decisive: dict[str, Any]) -> Schema:
     small = dict(decisive, n_ctx=1, n_batch=1, n_ubatch=1, n_seq_max=1, n_threads=1, n_threads_batch=1, kv_unified=True)
-    handle = handles.create_context(weights, small, raise_if_busy=False)
+    handle = handles.create_context(weights, small, raise_if_busy=False, compute=False)
     try:
         if handle.has_memory:
             zero, one = np.zeros(1, np.int32), np.ones(1, np.int32)

@@ -416,7 +416,11 @@ cdef ContextHandle _wrap_context(c.llama_context * ptr, _ModelPtr model, bint ra
     return h
 
 
-def create_context(ModelHandle model, dict params, *, bint raise_if_busy):
+cdef cbool stop_at_first(c.ggml_tensor * t, cbool ask, void * user_data) noexcept nogil:
+    return ask
+
+
+def create_context(ModelHandle model, dict params, *, bint raise_if_busy, bint compute=True):
     """Make a context (``llama_init_from_model``). Releases the GIL.
 
     Parameters
@@ -427,6 +431,9 @@ def create_context(ModelHandle model, dict params, *, bint raise_if_busy):
         Fields of ``llama_context_params`` by name; enums as integers. Those not given keep llama.cpp's default.
     raise_if_busy : bool
         What a second thread gets: :class:`ContextBusyError`, or its turn.
+    compute : bool
+        False for a context that takes tokens and gives them cells, but computes next to nothing, however large the
+        model: what it holds then are numbers without meaning, in the right places.
 
     Raises
     ------
@@ -468,6 +475,8 @@ def create_context(ModelHandle model, dict params, *, bint raise_if_busy):
         raise ContextCreateError(f"bad context parameter: {error}", params=params, reason=str(error)) from None
     if given:
         raise ContextCreateError(f"unknown context parameters {sorted(given)}", params=params, reason="unknown parameter")
+    if not compute:
+        p.cb_eval = stop_at_first  # asked for after the first node, it says that this was all
     log.install(True)  # whoever was imported since may have taken the log, and with it llama.cpp's reasons
     log.clear_errors()
     try:

@@ -31,6 +31,10 @@ cdef extern from "ggml.h" nogil:
     ctypedef void (*ggml_log_callback)(ggml_log_level level, const char * text, void * user_data) noexcept nogil
     ctypedef cbool (*ggml_abort_callback)(void * data) noexcept nogil
 
+    struct ggml_tensor
+
+    ctypedef cbool (*ggml_backend_sched_eval_callback)(ggml_tensor * t, cbool ask, void * user_data) noexcept nogil
+
     size_t ggml_row_size(ggml_type type, int64_t ne)
     size_t ggml_type_size(ggml_type type)
     int64_t ggml_blck_size(ggml_type type)
@@ -167,6 +171,7 @@ cdef extern from "llama.h" nogil:
         float yarn_beta_fast
         float yarn_beta_slow
         uint32_t yarn_orig_ctx
+        ggml_backend_sched_eval_callback cb_eval
         ggml_type type_k
         ggml_type type_v
         ggml_abort_callback abort_callback

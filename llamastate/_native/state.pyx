@@ -174,3 +174,33 @@ def seq_set_data(ContextHandle h, src, dest_seq_id, flags):
             h.release()
     finally:
         buf.release()
+
+
+def seq_set_through(ContextHandle h, src, via, dest):
+    """``llama_state_seq_set_data_ext`` into ``via``, whose cells ``dest`` then has too (``llama_memory_seq_cp``).
+
+    The number of bytes read; where that is not all of them, ``dest`` is as it was. ``via`` loses what it held before
+    and keeps its cells. Only where all sequences share the cells (``kv_unified``): elsewhere the copy would be put off.
+    """
+    cdef Pinned buf = pin(src, False)
+    cdef size_t n
+    cdef int32_t v, d
+    try:
+        h.enter("state_seq_set_data")
+        try:
+            v, d = h.seq(via), h.seq(dest)
+            log.clear_errors()
+            h.shared = h.shared | {v, d}
+            try:
+                with nogil:
+                    n = c.llama_state_seq_set_data_ext(
+                        h.ptr, <const uint8_t *> buf.view.buf, <size_t> buf.view.len, v, 0)
+                    if n == <size_t> buf.view.len:
+                        c.llama_memory_seq_cp(h.mem, v, d, -1, -1)
+            except RuntimeError as error:
+                raise LoadError(f"state_seq_set_data: {error}", reason=str(error)) from None
+            return n
+        finally:
+            h.release()
+    finally:
+        buf.release()

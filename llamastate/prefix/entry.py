@@ -62,7 +62,7 @@ class Kind(IntEnum):
     ANCHOR = 2
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Entry:
     """One entry as views of its image.
 
@@ -76,6 +76,8 @@ class Entry:
         The whole of it.
     bounds : tuple of (int, int)
         Offset and length of tokens, rows, partial, logits.
+    fits : object
+        For what its rows were found sound. The image does not change, so once is enough.
     """
 
     kind: Kind
@@ -86,6 +88,7 @@ class Entry:
     tail: int
     image: npt.NDArray[np.uint8]
     bounds: tuple[tuple[int, int], ...]
+    fits: object = None
 
     @property
     def nbytes(self) -> int:

@@ -228,20 +228,22 @@ class Placer:
         """
         if not entry.tail or not self.place.has_rows:
             return
-        self._check(entry)
+        rows = entry.rows
+        if entry.fits != (self.place, self._limits):
+            self._check(entry, rows)
         if self._spare is None:
-            self._pieces.append(layout.parse_sequence(entry.rows, self.place.schema))
+            self._pieces.append(layout.parse_sequence(rows, self.place.schema))
         else:
-            self._pass_through(self._spare, entry)
+            self._pass_through(self._spare, entry, rows)
         self.n_tokens = entry.end
 
-    def _check(self, entry: Entry) -> None:
+    def _check(self, entry: Entry, rows: npt.NDArray[np.uint8]) -> None:
         base = self.place.base
         assert base is not None
-        length = entry.rows.nbytes - len(self.place.trailer)
-        if length < 0 or entry.rows[length:].tobytes() != self.place.trailer:
+        length = rows.nbytes - len(self.place.trailer)
+        if length < 0 or rows[length:].tobytes() != self.place.trailer:
             raise CorruptStateError("damaged block: its rows end wrongly", reason="trailer", section="rows")
-        info = layout.validate_sequence(entry.rows[:length], base, self._limits)
+        info = layout.validate_sequence(rows[:length], base, self._limits)
         if (info.first_pos, info.n_cells, info.src_seq_id) != (entry.start, entry.tail, 0):
             raise CorruptStateError(
                 f"damaged block: rows of {info.n_cells} tokens from {info.first_pos} on, not {entry.tail} from "
@@ -249,18 +251,14 @@ class Placer:
                 reason="positions",
                 section="rows",
             )
+        entry.fits = (self.place, self._limits)
 
-    def _pass_through(self, spare: int, entry: Entry) -> None:
-        handle = self.ctx._handle
+    def _pass_through(self, spare: int, entry: Entry, rows: npt.NDArray[np.uint8]) -> None:
         try:
-            n = state.seq_set_data(handle, entry.rows, spare, 0)
-            problem = None if n == entry.rows.nbytes else log.take_errors() or f"{n} of {entry.rows.nbytes} bytes"
+            n = state.seq_set_through(self.ctx._handle, rows, spare, self.seq_id)
+            problem = None if n == rows.nbytes else log.take_errors() or f"{n} of {rows.nbytes} bytes"
         except LoadError as error:
             problem = str(error)
-        if problem is None:
-            memory.seq_cp(handle, spare, self.seq_id, -1, -1)
-        memory.seq_rm(handle, spare, -1, -1)
-        handle.shared = self._shared
         if problem is not None:
             raise NotEnoughCellsError(
                 f"no room for {entry.tail} tokens after {entry.start}: {problem}",
@@ -268,6 +266,12 @@ class Placer:
                 needed=entry.tail,
                 available=0,
             )
+
+    def _empty_spare(self) -> None:
+        """The spare sequence shares the cells of the last piece until now."""
+        if self._spare is not None:
+            memory.seq_rm(self.ctx._handle, self._spare, -1, -1)
+            self.ctx._handle.shared = self._shared
 
     def finish(self, anchor: Entry | None) -> int:
         """Complete the sequence; how many tokens it holds now.
@@ -284,6 +288,7 @@ class Placer:
         """
         if anchor is not None:
             self.add(anchor)
+        self._empty_spare()
         if self._spare is None and self.place.has_rows:
             self._set_whole(anchor)
         elif anchor is not None:
@@ -332,8 +337,7 @@ class Placer:
         """Empty the sequence, if anything has gone into it."""
         if self._spare is not None:
             memory.seq_rm(self.ctx._handle, self.seq_id, -1, -1)
-            memory.seq_rm(self.ctx._handle, self._spare, -1, -1)
-            self.ctx._handle.shared = self._shared
+            self._empty_spare()
         self._pieces.clear()
         self.n_tokens = 0
 

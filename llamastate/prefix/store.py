@@ -357,10 +357,11 @@ class PrefixStore:
     ) -> tuple[int, npt.NDArray[np.float32] | None] | None:
         """Put a match into the sequence; None, with new keys in ``bad``, if it was not what it seemed."""
         size, place = self.block_tokens, place_of(ctx.schema)
+        ids = chain.ids.astype("<i4", copy=False).tobytes()
         anchor = None
         if match.anchor is not None:
             anchor = self._levels.fetch(match.anchor)
-            if anchor is None or not _holds(anchor, chain, match.n_blocks * size, match.anchor_end):
+            if anchor is None or not _holds(anchor, ids, match.n_blocks * size, match.anchor_end):
                 bad.add(match.anchor)
                 return None
         keys = chain.keys[1 : match.n_blocks + 1] if place.has_rows else []
@@ -374,7 +375,7 @@ class PrefixStore:
             entry = anchor
             try:
                 for i, (key, entry) in enumerate(zip(keys, blocks, strict=True)):
-                    if entry is None or not _holds(entry, chain, i * size, (i + 1) * size):
+                    if entry is None or not _holds(entry, ids, i * size, (i + 1) * size):
                         bad.add(key)
                         break
                     placer.add(entry)
@@ -498,9 +499,9 @@ class PrefixStore:
             raise ClosedError("the store is closed", what="store")
 
 
-def _holds(entry: Entry, chain: Chain, start: int, end: int) -> bool:
-    """Whether an entry holds these very tokens at this place."""
-    return entry.start == start and entry.tokens.tobytes() == chain.ids[start:end].astype("<i4", copy=False).tobytes()
+def _holds(entry: Entry, ids: bytes, start: int, end: int) -> bool:
+    """Whether an entry holds these very tokens at this place; ``ids`` are all of them as little-endian int32."""
+    return entry.start == start and entry.tokens.tobytes() == ids[4 * start : 4 * end]
 
 
 def _at_least(name: str, value: object, limit: int) -> int:
