@@ -1,8 +1,8 @@
 """The batching server of llama-cpp-python's examples, for the bench of batches. Imports nothing of llamastate.
 
 Runs where the server's requirements are installed. The first line says where ``server.py`` is and how to set it up;
-each other one is a list of prompts (token ids), answered with seconds and tokens. All of a list are asked for at once,
-each on a connection of its own.
+each other one has prompts (token ids) and how many tokens to generate, and is answered with seconds and tokens. All
+prompts of a line are asked for at once, each on a connection of its own.
 """
 
 from __future__ import annotations
@@ -52,10 +52,11 @@ def main() -> None:
         try:
             wait(server, port)
             talk.answer({"version": importlib.metadata.version("llama-cpp-python")})
-            for prompts in asked:
+            for work in asked:
+                prompts, n_generate = work["prompts"], work["n_generate"]
                 with ThreadPoolExecutor(len(prompts)) as pool:
                     started = time.perf_counter()
-                    n = sum(pool.map(lambda prompt: complete(port, prompt, task["n_generate"]), prompts))
+                    n = sum(pool.map(complete, [port] * len(prompts), prompts, [n_generate] * len(prompts)))
                     talk.answer({"seconds": time.perf_counter() - started, "tokens": n})
         finally:
             server.terminate()

@@ -1,7 +1,8 @@
 """xllamacpp's server for the bench of batches: runs where xllamacpp is installed, and imports nothing of llamastate.
 
-The first line says how to set the server up; each other one is a list of prompts (token ids), answered with seconds and
-tokens. As many threads as there are slots ask for completions in turn, without HTTP between.
+The first line says how to set the server up; each other one has prompts (token ids) and how many tokens to generate,
+and is answered with seconds and tokens. As many threads as there are slots ask for completions in turn, without HTTP
+between.
 """
 
 from __future__ import annotations
@@ -35,16 +36,14 @@ def main() -> None:
     server = xl.Server(params)
     talk.answer({"version": importlib.metadata.version("xllamacpp")})
 
-    def complete(prompt: list[int]) -> int:
-        made = server.handle_completions(
-            {"prompt": prompt, "max_tokens": task["n_generate"], "temperature": 0, "cache_prompt": True}
-        )
+    def complete(prompt: list[int], n: int) -> int:
+        made = server.handle_completions({"prompt": prompt, "max_tokens": n, "temperature": 0, "cache_prompt": True})
         return int(made["usage"]["completion_tokens"])
 
     with ThreadPoolExecutor(task["n_parallel"]) as pool:
-        for prompts in asked:
+        for work in asked:
             started = time.perf_counter()
-            n = sum(pool.map(complete, prompts))
+            n = sum(pool.map(complete, work["prompts"], [work["n_generate"]] * len(work["prompts"])))
             talk.answer({"seconds": time.perf_counter() - started, "tokens": n})
 
 
