@@ -79,6 +79,13 @@ def add_commands(commands: Any, form: type[argparse.HelpFormatter]) -> None:
     group("-c", "--ctx-size", type=int, default=0, metavar="N", help="cells of the cache, for all together")
     group("--kv-cache-dtype", default="f16", metavar="TYPE", help="type of the cache: f16, q8_0, q4_0, ...")
     group(
+        "-fa",
+        "--flash-attn",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="off is faster on a processor where requests begin with the same long text, and slower where they do not",
+    )
+    group(
         "--fixed-shapes", action="store_true", help="outputs that do not depend on what else runs, bit for bit; slower"
     )
     group("-t", "--threads", type=int, metavar="N", help="threads of computation (all cores)")
@@ -126,6 +133,7 @@ def _run(options: argparse.Namespace) -> int:
                 n_threads=options.threads,
                 type_k=options.kv_cache_dtype,
                 type_v=options.kv_cache_dtype,
+                flash_attn=options.flash_attn,
                 max_model_len=options.max_model_len,
                 fixed_shapes=options.fixed_shapes,
             )

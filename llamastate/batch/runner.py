@@ -111,7 +111,7 @@ class BatchRunner(Closing):
     n_threads : int, optional
         All cores by default.
     type_k, type_v, flash_attn
-        As for :class:`~llamastate.Context`.
+        As for :class:`~llamastate.Context`. See the notes for ``flash_attn`` on processors.
     max_model_len : int, optional
         The most tokens that one request may have, with what it generates; by default those that the model was trained
         on. The cache holds no more than ``n_ctx`` in any case.
@@ -143,6 +143,13 @@ class BatchRunner(Closing):
 
     *Memory.* A request is admitted when its prompt and ``reserve`` tokens more have room. If the cache runs full all
     the same, the request admitted last is parked: its state goes to memory, or to a file, and comes back as it was.
+
+    *Flash attention on processors.* With it a step of fewer than 64 sequences reads each one's cells alone, once for
+    every sequence: the cost goes with what each holds. Without, one multiplication takes all rows by all cells in use:
+    cheap where most of them are shared, dear where nothing is. So ``"off"`` is the faster where requests begin with the
+    same long text, and the slower by as much where they do not; a quantised V cache is not to be had with it, and the
+    states of sequences that ran side by side (the store, parking) take longer to copy. ``"auto"`` is on where llama.cpp
+    can.
 
     *Reproducible.* The plan depends on the requests and their order, not on time: the same requests give the same
     batches, and so the same outputs, from run to run. In other company the batches have other shapes, and the last bits

@@ -76,12 +76,21 @@ def test_flags(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (folder / "blocks").is_dir()
     assert main(command(folder)) == 1  # another run
     assert "type_k was 'q8_0', now 'f16'" in capsys.readouterr().err
-    assert main(command(folder, "--no-resume")) == 0
+    assert main(command(folder, "--no-resume", "--flash-attn", "off")) == 0
+    assert main(command(folder, "-fa", "on")) == 1
+    assert "v_trans was True, now False" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     "words",
-    [("-i", "none"), ("-m", "none"), ("--metrics-port", "99999"), ("--max-num-seqs", "0"), ("--kv-cache-dtype", "f99")],
+    [
+        ("-i", "none"),
+        ("-m", "none"),
+        ("--metrics-port", "99999"),
+        ("--max-num-seqs", "0"),
+        ("--kv-cache-dtype", "f99"),
+        ("--kv-cache-dtype", "q8_0", "--flash-attn", "off"),
+    ],
 )
 def test_errors_are_sentences(folder: Path, words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(command(folder, *words)) == 1
