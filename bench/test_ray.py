@@ -1,0 +1,64 @@
+"""Two actors of Ray Data, a core each, beside one runner with both cores: what a second process costs, and gives."""
+
+from __future__ import annotations
+
+import pydoc_data.topics
+import time
+
+import pytest
+
+from bench.conftest import CORES
+from llamastate.batch import BatchRunner, Request
+from tests import models
+from tests.interop.test_ray import ray  # noqa: F401  # Ray with room for two actors
+
+N_PROMPTS, N_SHARED, N_GENERATE = 64, 782, 32
+RUNNER = {"n_parallel": 32, "n_ctx": 8192, "flash_attn": "off"}
+
+
+@pytest.fixture(scope="module")
+def prefix(model) -> str:
+    """About as long a text as the other benches share."""
+    topics = pydoc_data.topics.topics
+    text = "\n\n".join(topics[name] for name in sorted(topics)[:10])
+    return str(model.detokenize(model.tokenize(text)[:N_SHARED]))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_two_actors(claim, model, prefix, ray):  # noqa: F811
+    from llamastate.interop.ray import ProcessorConfig, build_processor, warm
+
+    prompts = [
+        f"{prefix}\n\nQuestion {37 * i % 101}: what does part {i} of this say, in a word?" for i in range(N_PROMPTS)
+    ]
+    with BatchRunner(model, n_threads=CORES, **RUNNER) as runner:
+        started = time.perf_counter()
+        results = list(runner.run(Request(str(i), p, max_tokens=N_GENERATE) for i, p in enumerate(prompts)))
+        one = time.perf_counter() - started
+    made_by_one = sum(result.n_generated for result in results)
+
+    config = ProcessorConfig(
+        models.smollm2(),
+        engine_kwargs=RUNNER,
+        batch_size=N_PROMPTS // 2,
+        concurrency=2,
+        sampling_params={"max_tokens": N_GENERATE, "temperature": 0},
+    )
+    started = time.perf_counter()
+    config = warm(config, prefix)
+    warmed = time.perf_counter() - started
+    rows = ray.data.from_items([{"prompt": prompt} for prompt in prompts], override_num_blocks=2)
+    started = time.perf_counter()
+    found = build_processor(config)(rows).take_all()
+    two = time.perf_counter() - started
+    made = sum(row["num_generated_tokens"] for row in found)
+    cached = sum(row["metrics"]["num_cached_tokens"] for row in found)
+    total = sum(row["num_input_tokens"] for row in found)
+    claim(
+        80,
+        f"{N_PROMPTS} prompts, {N_SHARED} shared tokens, by two Ray actors of one core each that find the prefix in "
+        "Ray's object store, against one runner with both cores",
+        f"{(made / two) / (made_by_one / one):.2f} ×: {made / two:.0f} against {made_by_one / one:.0f} tokens/s; "
+        f"{two:.1f} s with the start of the actors, {warmed:.1f} s for the prefix; {cached / total:.3f} of "
+        f"{total:,} prompt tokens not computed",
+    )
