@@ -21,7 +21,7 @@ import weakref
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llamastate import _native
-from llamastate._native import handles
+from llamastate._native import handles, memory
 from llamastate.errors import ClosedError, NativeVersionError
 from llamastate.params import ROPE_FLOATS
 
@@ -41,8 +41,8 @@ _GUARDED = {
     "decode": "decodes",
     "encode": "decodes",
     "kv_cache_clear": "",
-    "kv_cache_seq_rm": "",
-    "kv_cache_seq_cp": "",
+    "kv_cache_seq_rm": "cuts",
+    "kv_cache_seq_cp": "replaces part",
     "kv_cache_seq_keep": "",
     "kv_cache_seq_shift": "shifts",
     "get_state_size": "reads",
@@ -51,6 +51,8 @@ _GUARDED = {
 }
 #: The same of llama_cpp.Llama, where it goes past that.
 _GUARDED_LLAMA = {"load_state": "replaces", "save_state": "reads", "reset": "", "close": "reads"}
+#: These change sequences that are as long as before.
+_HIDDEN = ("shifts", "replaces", "replaces part")
 #: After these no shift of positions is pending any more.
 _UPDATES = ("decodes", "replaces")
 
@@ -206,6 +208,10 @@ def _ordinary(cls: type[Any], *arguments: Any) -> Any:
     return cls.__new__(cls, *arguments)
 
 
+def _spans(handle: ContextHandle) -> list[tuple[int, int]]:
+    return [(memory.seq_pos_min(handle, seq), memory.seq_pos_max(handle, seq)) for seq in range(handle.n_seq_max)]
+
+
 def _guarded(function: Any, effect: str) -> Any:
     @functools.wraps(function)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -213,11 +219,17 @@ def _guarded(function: Any, effect: str) -> Any:
         if handle is None or handle.closed:
             return function(self, *args, **kwargs)
         with handle:
+            before = [] if effect == "reads" else _spans(handle)
             handle.lock_model()
             try:
                 result = function(self, *args, **kwargs)
             finally:
                 handle.unlock_model()
+                if effect != "reads":
+                    # Positions tell which sequences it was, but where it is a hole, a copy or a state that was loaded
+                    hidden = effect in _HIDDEN or (effect == "cuts" and any(p > 0 for p in args[2:]))
+                    after = _spans(handle)
+                    handle.changes.note_all(s for s, span in enumerate(after) if hidden or span != before[s])
             if effect != "reads":
                 handle.forget_outputs()
                 # of which sequences, and which cells they share now, nobody tells

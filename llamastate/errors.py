@@ -47,6 +47,7 @@ __all__ = [
     "ModelLoadError",
     "NativeVersionError",
     "NoKVSlotError",
+    "NotCopyableError",
     "NotEnoughCellsError",
     "OnDeviceStateError",
     "OutputMovedError",
@@ -154,6 +155,14 @@ class ClosedError(LlamaStateError, ValueError):
 
     fields: ClassVar[tuple[str, ...]] = ("what",)
     what: str | None
+
+
+class NotCopyableError(LlamaStateError, TypeError):
+    """What lives in llama.cpp's memory can be neither copied nor pickled. ``instead`` says what can be done."""
+
+    fields: ClassVar[tuple[str, ...]] = ("what", "instead")
+    what: str | None
+    instead: str | None
 
 
 class ContextBusyError(LlamaStateError, RuntimeError):
@@ -436,7 +445,10 @@ class HistoryError(LlamaStateError, IndexError):
 
 
 class SequenceChangedError(StateError, RuntimeError):
-    """A sequence does not hold what its session left there: somebody else has changed it."""
+    """A sequence does not hold what its session left there: somebody else has changed it.
+
+    ``expected`` and ``found`` are numbers of tokens; where they are equal the tokens may be others.
+    """
 
     fields: ClassVar[tuple[str, ...]] = ("seq_id", "expected", "found")
     seq_id: int | None

@@ -12,7 +12,9 @@ import contextlib
 import os
 import weakref
 from types import TracebackType
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, SupportsIndex
+
+from llamastate.errors import NotCopyableError
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -22,6 +24,9 @@ __all__ = ["Closing", "contexts", "models"]
 
 class Closing:
     """What owns something, gives it back with :meth:`close`, and can be the subject of a ``with`` block."""
+
+    #: Of what cannot be copied or pickled: what to do instead.
+    _instead: ClassVar[str | None] = None
 
     def close(self) -> None:
         """Give back what it owns. Idempotent."""
@@ -34,6 +39,14 @@ class Closing:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> str | tuple[Any, ...]:
+        if self._instead is None:
+            return super().__reduce_ex__(protocol)
+        what = type(self).__name__
+        raise NotCopyableError(
+            f"a {what} can be neither copied nor pickled: {self._instead}", what=what, instead=self._instead
+        )
 
 
 class _Closable(Protocol):

@@ -103,6 +103,7 @@ def replace_sequence(
             if needed > available:
                 raise _not_enough(needed, available)
     handle.forget_outputs(dest)
+    changes = handle.changes.count(dest)
     if not partial or info.is_empty:
         # llama.cpp skips a part that the blob has empty, and would leave the old cells in it. A partial state of an
         # empty sequence means an empty sequence: everything comes after its position.
@@ -115,6 +116,8 @@ def replace_sequence(
     if problem is None:
         return
     put_back(ctx, dest, room)
+    if empty or (room is not None and room.blob is not None):
+        handle.changes.set_back(dest, changes)
     if empty and not partial:
         available = ctx.limits.base_cells - cells_of_others(ctx, dest)
         if info.n_cells > available:
@@ -230,7 +233,7 @@ def put_back(ctx: StateAPI, dest: int, room: Room | None) -> None:
     """Empty a sequence that is half overwritten, and put the state of before in its place if there is a copy."""
     memory.seq_rm(ctx._handle, dest, -1, -1)
     if room is not None and room.blob is not None:
-        state.set_data(ctx._handle, room.blob)
+        state.set_data(ctx._handle, room.blob, dest)
         ctx._handle.forget_outputs()
 
 

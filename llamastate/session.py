@@ -68,8 +68,9 @@ class Session(SessionGeneration):
 
     Notes
     -----
-    After every call the sequence holds exactly :attr:`tokens`, also after a call that failed. Threads take turns. That
-    somebody else has changed the sequence is noticed by its length only (:class:`SequenceChangedError`).
+    After every call the sequence holds exactly :attr:`tokens`, also after a call that failed. Threads take turns. If
+    somebody else has changed the sequence, by whatever call of the context, the next call says so, also where it is as
+    long as before (:class:`SequenceChangedError`).
 
     :meth:`close`, or the end of a ``with`` block, empties the sequence. A session that is only forgotten leaves it as
     it is.

@@ -6,13 +6,14 @@ import contextlib
 import threading
 from collections.abc import Callable, Iterator
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from llamastate._native import decode as native_decode
 from llamastate._native import memory
+from llamastate._native.changes import Witness
 from llamastate.arrays import Int32Array, TokensLike, as_index, as_tokens
 from llamastate.errors import (
     ClosedError,
@@ -48,6 +49,8 @@ class Kept(NamedTuple):
 class SessionCore(Closing):
     """Tokens, checkpoints and logits of one sequence, and the steps that change them. Not made directly."""
 
+    _instead = "branch() continues in another sequence, and what snapshot() gives can be pickled"
+
     def __init__(
         self,
         ctx: Context,
@@ -61,9 +64,10 @@ class SessionCore(Closing):
         check_context(ctx)
         self.ctx = ctx
         self.seq_id = as_index(seq_id, "seq_id", InvalidSequenceError)
+        self._witness = Witness(ctx._handle.changes, self.seq_id)
         self._every = count("checkpoint_every", checkpoint_every)
         self._lock = threading.RLock()
-        #: What else ends with the session.
+        #: What else ends with the session; may be called twice.
         self._at_close: list[Callable[[], object]] = []
         self._closed = False
         self._tokens = as_tokens(tokens, ctx.model.n_vocab)
@@ -91,7 +95,7 @@ class SessionCore(Closing):
         try:
             yield
         finally:
-            self._lock.release()
+            self._leave()
 
     def _enter(self) -> None:
         """Keep other threads out of the session.
@@ -103,6 +107,11 @@ class SessionCore(Closing):
                 "another thread is using this session, and cannot go on while this one has the context locked",
                 operation="session",
             )
+        self._witness.enter()
+
+    def _leave(self) -> None:
+        self._witness.leave()
+        self._lock.release()
 
     def _turn(self) -> _Turn:
         """One operation at a time.
@@ -127,25 +136,31 @@ class SessionCore(Closing):
     def close(self) -> None:
         """Empty the sequence, so that it is free for others, and let the checkpoints go. Idempotent.
 
-        A sequence that somebody else has begun to use is left alone. The context stays open.
+        A sequence that somebody else has begun to use is left alone. The context stays open. Ctrl-C is raised when all
+        is done; a second one may leave something to another call of this.
         """
         with self._alone():
-            if self._closed:
-                return
-            with contextlib.suppress(ClosedError), self.ctx._handle:
-                if self.ctx.seq_pos_max(self.seq_id) + 1 == self.n_past:
-                    self.ctx.seq_rm(self.seq_id)
-            self._closed = True
-            self._tokens, self._has_logits = self._tokens[:0], False
-            self._redo.clear()
-            self._history.replace([])
-            while self._at_close:
-                self._at_close.pop()()
+            try:
+                self._close()
+            except Exception:
+                raise
+            except BaseException:
+                self._close()  # whoever leaves a with block will not come back for the rest
+                raise
 
-    def __reduce_ex__(self, protocol: object) -> Any:
-        raise TypeError(
-            "a session cannot be copied or pickled: branch() continues elsewhere, snapshot() can be pickled"
-        )
+    def _close(self) -> None:
+        """Each step finds out for itself whether it has been done: Ctrl-C may come anywhere."""
+        with contextlib.suppress(ClosedError), self.ctx._handle as handle:
+            held = memory.seq_pos_max(handle, self.seq_id) + 1
+            if held and held == self.n_past and self._witness.intact:
+                self.ctx.seq_rm(self.seq_id)
+        self._closed = True
+        self._tokens, self._has_logits = self._tokens[:0], False
+        self._redo.clear()
+        self._history.replace([])
+        while self._at_close:
+            self._at_close[-1]()
+            self._at_close.pop()
 
     def _check_open(self) -> None:
         if self._closed:
@@ -172,6 +187,15 @@ class SessionCore(Closing):
                 f"sequence {self.seq_id} holds {found} tokens, the session {self.n_past}{self._hint()}",
                 seq_id=self.seq_id,
                 expected=self.n_past,
+                found=found,
+            )
+        if not found:
+            self._witness.accept()  # whoever it was: nothing is left of it
+        elif not self._witness.intact:
+            raise SequenceChangedError(
+                f"sequence {self.seq_id} holds {found} tokens, as the session does, but somebody else has changed it",
+                seq_id=self.seq_id,
+                expected=found,
                 found=found,
             )
 
@@ -476,7 +500,7 @@ class _Turn:
                     self._handle.__exit__(None, None, None)
                 raise
         except BaseException:
-            session._lock.release()
+            session._leave()
             raise
 
     def __exit__(self, *exc: object) -> None:
@@ -484,7 +508,7 @@ class _Turn:
             if self._handle is not None:
                 self._handle.__exit__(None, None, None)
         finally:
-            self._session._lock.release()
+            self._session._leave()
 
 
 def check_context(ctx: object) -> None:

@@ -194,7 +194,8 @@ class SessionIO(SessionStore):
         check_context(ctx)
         with ctx._handle:
             self = cls._unchecked(ctx, seq_id, **options)
-            self._adopt(snapshot)
+            with self._turn():
+                self._adopt(snapshot)
             return self
 
     # --- llama.cpp's own files ----------------------------------------------------------------------------------------
@@ -230,7 +231,8 @@ class SessionIO(SessionStore):
         check_context(ctx)
         with ctx._handle:
             self = cls._unchecked(ctx, seq_id, **options)
-            self._tokens = sessionfiles.load_file(ctx, path, self.seq_id)
+            with self._turn():
+                self._tokens = sessionfiles.load_file(ctx, path, self.seq_id)
             return self
 
     def export_file(self, path: str | os.PathLike[str], *, format: str = "ggsq") -> int:  # noqa: A002

@@ -7,7 +7,7 @@ Everything that llama.cpp would assert on, or would accept and get wrong, is che
 
 from cpython.buffer cimport PyBUF_WRITABLE, PyBuffer_FillInfo
 from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t
-from libc.string cimport memcpy
+from libc.string cimport memcpy, memset
 from libcpp.vector cimport vector
 
 from llamastate._native cimport llama as c
@@ -82,6 +82,16 @@ cdef int check_batch(ContextHandle h, int n, const int32_t * tokens, const int32
     if at != n_flat:
         raise bad("there are more sequence ids than tokens ask for", n, None, n_flat, at)
     return 0
+
+
+cdef void note_changed(ContextHandle h, const int32_t[::1] seq_ids) noexcept:
+    cdef int8_t noted[MAX_SEQ]
+    cdef Py_ssize_t i
+    memset(noted, 0, sizeof(noted))
+    for i in range(seq_ids.shape[0]):
+        if not noted[seq_ids[i]]:
+            noted[seq_ids[i]] = 1
+            h.changes.note(seq_ids[i])
 
 
 cdef object decode_failed(int code, int n):
@@ -165,7 +175,10 @@ def decode(ContextHandle h, const int32_t[::1] tokens, const int32_t[::1] pos, c
                 finally:
                     model.adapters_lock.unlock_shared()
         except (RuntimeError, MemoryError, IndexError, ValueError) as error:
+            note_changed(h, seq_ids)
             raise DecodeError(f"decoding {n} tokens: {error}", code=-3, n_tokens=n) from None
+        if code != 1 and code != -1:  # of these llama.cpp says that nothing has changed
+            note_changed(h, seq_ids)
         h.outputs_reserved = max(h.outputs_reserved, n_out)
         if code >= 0:  # llama.cpp rotates what was moved before it looks for room
             h.shifted = frozenset()

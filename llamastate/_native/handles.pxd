@@ -3,6 +3,7 @@ from libc.stdint cimport int8_t, int32_t, uint64_t
 from libcpp cimport bool as cbool
 from libcpp.vector cimport vector
 
+from llamastate._native.changes cimport Changes
 from llamastate._native.llama cimport (
     llama_adapter_lora,
     llama_context,
@@ -95,6 +96,8 @@ cdef class ContextHandle(Lockable):
     cdef readonly dict device_storage
     # Counts what may have changed cells.
     cdef readonly unsigned long long epoch
+    # The same by sequence, for those who rely on what they have left in one.
+    cdef readonly Changes changes
     # The adapters in effect, ((Adapter, scale), ...), and what keeps their memory: closing an Adapter gives up its own
     # claim only. Here because a borrowed context has one handle however often it is attached.
     cdef readonly tuple adapters

@@ -3,6 +3,8 @@ from typing import Any
 
 from typing_extensions import Self, disjoint_base
 
+from llamastate._native.changes import Changes
+
 @disjoint_base
 class Lockable:
     @property
@@ -63,6 +65,8 @@ class ContextHandle(Lockable):
     def device_storage(self) -> dict[int, tuple[tuple[int, ...], int, tuple[tuple[int, int], ...]]]: ...
     @property
     def epoch(self) -> int: ...
+    @property
+    def changes(self) -> Changes: ...
     @property
     def adapters(self) -> tuple[tuple[Any, float], ...]: ...
     @property

@@ -31,6 +31,7 @@ from libc.stdint cimport uintptr_t
 
 from llamastate._native cimport llama as c
 from llamastate._native import log
+from llamastate._native.changes cimport count_changes
 from llamastate.errors import (
     ClosedError,
     ContextBusyError,
@@ -410,6 +411,7 @@ cdef ContextHandle _wrap_context(c.llama_context * ptr, _ModelPtr model, bint ra
     h.outputs_reserved = h.n_seq_max
     h.shifted = frozenset()
     h.shared = frozenset()
+    h.changes = count_changes(h.n_seq_max)
     h.on_device = {}
     h.device_storage = {}
     h.adapters = ()
@@ -535,6 +537,7 @@ def closed_copy(ContextHandle h):
     copy.n_seq_max, copy.n_rs_seq = h.n_seq_max, h.n_rs_seq
     copy.n_vocab, copy.n_embd_out = h.n_vocab, h.n_embd_out
     copy.pooling_type = h.pooling_type
+    copy.changes = h.changes
     return copy
 
 

@@ -34,6 +34,7 @@ def clear(ContextHandle h, bint data):
     try:
         with nogil:
             c.llama_memory_clear(h.mem, data)
+        h.changes.note(-1)
         h.shifted = h.shared = frozenset()
         h.moved_cells = h.borrowed
     finally:
@@ -48,6 +49,8 @@ def seq_rm(ContextHandle h, seq_id, p0, p1):
     try:
         seq, a, b = h.seq(seq_id), position("p0", p0), position("p1", p1)
         done = h.mem == NULL or c.llama_memory_seq_rm(h.mem, seq, a, b)
+        if done:
+            h.changes.note(seq)
         if done and a <= 0 and b < 0:
             h.shifted = h.shifted - {seq}
             h.shared = h.shared - {seq}
@@ -64,6 +67,7 @@ def seq_cp(ContextHandle h, src, dst, p0, p1):
         s, d, a, b = h.seq(src), h.seq(dst), position("p0", p0), position("p1", p1)
         if h.mem != NULL and s != d:
             c.llama_memory_seq_cp(h.mem, s, d, a, b)
+            h.changes.note(d)
             h.shared = h.shared | {s, d}
             if s in h.shifted:
                 h.shifted = h.shifted | {d}
@@ -79,11 +83,13 @@ def seq_keep(ContextHandle h, seq_id):
         seq = h.seq(seq_id)
         if h.mem != NULL:
             c.llama_memory_seq_keep(h.mem, seq)
+            h.changes.note_all([other for other in range(h.n_seq_max) if other != seq])
     finally:
         h.release()
 
 
 cdef int note_moved(ContextHandle h, int32_t seq) except -1:
+    h.changes.note(seq)
     h.moved_cells = True
     if not h.recurrent:
         h.shifted = h.shifted | {seq}

@@ -76,9 +76,13 @@ def get_data_into(ContextHandle h, out):
         buf.release()
 
 
-def set_data(ContextHandle h, src):
-    """``llama_state_set_data``; the number of bytes read, 0 when llama.cpp refused."""
+def set_data(ContextHandle h, src, only=None):
+    """``llama_state_set_data``; the number of bytes read, 0 when llama.cpp refused.
+
+    ``only`` is the one sequence of which the context holds something else, if the caller knows that.
+    """
     cdef Pinned buf = pin(src, False)
+    cdef int32_t changed = -1 if only is None else h.seq(only)
     cdef size_t n
     try:
         h.enter("state_set_data")
@@ -86,6 +90,7 @@ def set_data(ContextHandle h, src):
             log.clear_errors()
             with nogil:
                 n = c.llama_state_set_data(h.ptr, <const uint8_t *> buf.view.buf, <size_t> buf.view.len)
+            h.changes.note(changed if n else -1)
             h.shifted = frozenset()
             h.shared = frozenset(range(h.n_seq_max))  # a state brings along which cells were shared
             return n
@@ -163,6 +168,7 @@ def seq_set_data(ContextHandle h, src, dest_seq_id, flags):
         try:
             seq, f = h.seq(dest_seq_id), known(flags)
             log.clear_errors()
+            h.changes.note(seq)
             try:
                 with nogil:
                     n = c.llama_state_seq_set_data_ext(
@@ -191,6 +197,8 @@ def seq_set_through(ContextHandle h, src, via, dest):
             v, d = h.seq(via), h.seq(dest)
             log.clear_errors()
             h.shared = h.shared | {v, d}
+            h.changes.note(v)
+            h.changes.note(d)
             try:
                 with nogil:
                     n = c.llama_state_seq_set_data_ext(

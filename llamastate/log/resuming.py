@@ -281,6 +281,7 @@ def resume_log(
         if snapshot is not None and isinstance(wanted, str):
             spelt = _spell(model, snapshot.tokens, wanted)
         old = ctx.state_seq_get_data(seq_id) if ctx.seq_pos_max(seq_id) >= 0 else None
+        changes = ctx._handle.changes.count(seq_id)
         # a copy of its own may find no room where the cells were shared
         room = count_room(ctx, seq_id) if old is not None and seq_id in ctx._handle.shared else None
         try:
@@ -295,6 +296,7 @@ def resume_log(
                 put_back(ctx, seq_id, room)
             elif old is not None:
                 ctx.state_seq_set_data(old, seq_id)
+            ctx._handle.changes.set_back(seq_id, changes)  # a session that was there can go on
             raise
     for reference, problem in skipped:
         _log.info("session %s: the state at item %d does not serve: %s", log.id, reference.history_len, problem)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 from collections.abc import Callable
 from types import ModuleType
@@ -188,3 +189,58 @@ def test_stop_strings_that_are_none(stop: Any) -> None:
             with pytest.raises(InvalidArgumentError):
                 session.generate(4, stop=stop, stream=stream)
         assert session.n_past == 2
+
+
+def test_close_is_finished_whenever_ctrl_c_comes() -> None:
+    """At every line of it."""
+    with context("mamba", n_seq_max=2) as ctx:
+        at, reached = 0, True
+        while reached:
+            at, reached, left = at + 1, False, at + 1
+            session, ended = Session(ctx), []
+            session._at_close += [lambda ended=ended: ended.append("first"), lambda ended=ended: ended.append("second")]
+            session.feed(tokens(9))
+            session.checkpoint()
+
+            def trace(frame: Any, event: str, _: Any) -> Any:
+                nonlocal left, reached
+                left -= event == "line" and frame.f_code is Session._close.__code__
+                if not left:
+                    reached = True
+                    raise KeyboardInterrupt  # after which nothing is traced any more
+                return trace
+
+            before = sys.gettrace()
+            sys.settrace(trace)
+            try:
+                session.close()
+                assert not reached
+            except KeyboardInterrupt:
+                assert reached
+            finally:
+                sys.settrace(before)
+            assert session.closed
+            assert session.n_past == 0
+            assert ctx.seq_pos_max(0) == -1
+            assert list(dict.fromkeys(ended)) == ["second", "first"]
+        assert at > 10
+
+
+def test_close_goes_on_where_two_ctrl_c_have_left_it() -> None:
+    with context("dense") as ctx:
+        session, calls = Session(ctx), []
+        session.feed(tokens(9))
+
+        def end() -> None:
+            calls.append(1)
+            if len(calls) < 3:
+                raise KeyboardInterrupt
+
+        session._at_close.append(end)
+        with pytest.raises(KeyboardInterrupt):
+            session.close()
+        ctx.prefill(tokens(9, 2))  # as long as the session was, but somebody else's
+        session.close()
+        session.close()
+        assert len(calls) == 3
+        assert ctx.seq_pos_max(0) == 8
