@@ -56,6 +56,8 @@ class Adapter(Closing):
     >>> ctx.set_adapters([(adapter, 0.5)])  # doctest: +SKIP
     """
 
+    _instead = "load its path again, for the model that is there"
+
     def __init__(self, model: Model, path: str | os.PathLike[str]) -> None:
         if not isinstance(model, Model):
             raise AdapterLoadError(f"model is {type(model).__name__}, not a Model", reason="no model")

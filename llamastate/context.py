@@ -87,6 +87,8 @@ yarn_beta_slow, yarn_orig_ctx
     1
     """
 
+    _instead = "make another of the same model; Snapshot.take() of a sequence can be pickled, and restored there"
+
     def __init__(
         self,
         model: Model,
@@ -147,8 +149,7 @@ yarn_beta_slow, yarn_orig_ctx
             raise ContextCreateError(
                 f"n_batch = {n_batch} is less than n_seq_max = {n_seq_max}", params=params, reason="n_batch"
             )
-        if not model._n_gpu_layers or not params["offload_kqv"]:
-            check_memory(model, params)
+        check_memory(model, params)
         self.model = model
         self._params = params
         self._owner: object | None = None

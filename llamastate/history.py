@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from llamastate.errors import HistoryError
 from llamastate.exactness import can_trim
+from llamastate.words import brief
 
 __all__ = ["Checkpoint", "History", "Plan"]
 
@@ -54,6 +55,11 @@ class Checkpoint:
     id: int = field(default_factory=lambda: next(_ids))
     #: The state again, if it is known to be what it says: taken by the session itself, or validated when it was loaded.
     sound: Any = field(default=None, repr=False)
+
+    def __repr__(self) -> str:
+        label = "" if self.label is None else f", label={brief(self.label)}"  # which may be of any length
+        automatic = ", automatic" if self.automatic else ""
+        return f"<llamastate.Checkpoint {self.n_tokens} tokens{label}, {self.kind}{automatic}, {self.nbytes} bytes>"
 
     @property
     def nbytes(self) -> int:

@@ -66,6 +66,8 @@ class Model(lifetimes.Closing):
     'attention'
     """
 
+    _instead = "share it, for it can be used by any thread; elsewhere load its path again"
+
     def __init__(
         self,
         path: str | os.PathLike[str],

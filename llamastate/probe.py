@@ -17,14 +17,21 @@ import numpy as np
 
 from llamastate._native import decode, handles, memory, state, vocab
 from llamastate.errors import ContextCreateError, UnsupportedLayoutError
-from llamastate.layout import KVSchema, Limits, Schema, infer_schema
+from llamastate.layout import KVSchema, Limits, RecurrentSchema, Schema, infer_schema
 from llamastate.params import ROPE_FLOATS
 
 if TYPE_CHECKING:
     from llamastate._native.handles import ContextHandle, ModelHandle
     from llamastate.model import Model
 
-__all__ = ["available_memory", "check_memory", "context_limits", "context_schema", "shift_problem"]
+__all__ = [
+    "available_memory",
+    "check_memory",
+    "context_limits",
+    "context_schema",
+    "layers_on_gpu",
+    "shift_problem",
+]
 
 #: Context parameters that decide what a blob looks like, apart from the number of streams.
 DECISIVE = ("type_k", "type_v", "flash_attn_type", "offload_kqv", "op_offload", "embeddings", "pooling_type")
@@ -114,7 +121,7 @@ def check_memory(model: Model, params: dict[str, Any]) -> None:
     """Refuse a cache that is larger than the memory there is.
 
     The system grants memory before it has it, and llama.cpp fills the cache with zeros at once: instead of an error
-    there would be a killed process.
+    there would be a killed process. What lies on a GPU is left to llama.cpp, for a GPU refuses what it has not.
 
     Raises
     ------
@@ -125,21 +132,42 @@ def check_memory(model: Model, params: dict[str, Any]) -> None:
     # 16 bytes for each layer, cell and channel: more than any usual cache takes, so that this asks no questions mostly
     if available is None or n_cells * model.n_layer * model.n_embd * 16 < available:
         return
+    on_gpu = layers_on_gpu(model, params)
+    if on_gpu >= model.n_layer:
+        return
     try:
         parts = _schema_of(model, model._handle, params).parts
     except UnsupportedLayoutError:
         return
     needed = 0
     for part in parts:
+        cells = params["n_seq_max"]
         if isinstance(part, KVSchema):
             full = part.role == "base" or params["swa_full"]
-            needed += part.bytes_per_cell * (n_cells if full else min(n_cells, model.n_swa * params["n_seq_max"]))
-        else:
-            needed += part.bytes_per_cell * params["n_seq_max"]
+            cells = n_cells if full else min(n_cells, model.n_swa * params["n_seq_max"])
+        needed += cells * _bytes_on_host(part, on_gpu)
     if needed > available:
         raise ContextCreateError(
             f"the cache would take {needed} bytes, and {available} are available", params=params, reason="memory"
         )
+
+
+def layers_on_gpu(model: Model, params: dict[str, Any]) -> int:
+    """How many layers have their cache on a GPU, at most: llama.cpp puts the last ones there, and the output first."""
+    if not params["offload_kqv"] or not model._n_gpu_layers or not handles.gpu_alignments():
+        return 0
+    return model.n_layer if model._n_gpu_layers < 0 else model._n_gpu_layers - 1
+
+
+def _bytes_on_host(part: KVSchema | RecurrentSchema, on_gpu: int) -> int:
+    """Bytes of a cell that lie in the host's memory at least: which of a part's layers are where is not known here."""
+    if not on_gpu:
+        return part.bytes_per_cell
+    layers: dict[int, int] = {}
+    for tensor in part.tensors:
+        layers[tensor.layer] = layers.get(tensor.layer, 0) + tensor.cell_bytes
+    sizes = sorted(layers.values(), reverse=True)
+    return sum(sizes[on_gpu:])
 
 
 def available_memory() -> int | None:

@@ -139,6 +139,8 @@ class Sampler(Closing):
     >>> token = sampler.sample(ctx)  # doctest: +SKIP
     """
 
+    _instead = "clone() makes another; state can be pickled, and from_state() goes on from it"
+
     def __init__(self, model: Model, params: SamplingParams | None = None, **fields: object) -> None:
         if params is None:
             try:

@@ -66,6 +66,12 @@ class CheckpointRecord:
     state: Any = dataclasses.field(default=None, repr=False)
     logits: npt.NDArray[np.float32] | None = dataclasses.field(default=None, repr=False)
 
+    def __repr__(self) -> str:
+        return (
+            f"CheckpointRecord(n_tokens={brief(self.n_tokens)}, label={brief(self.label)}, "
+            f"created={brief(self.created)}, flags={brief(self.flags)})"
+        )
+
 
 _ROW = {"n_tokens": (int,), "label": (str, type(None)), "created": (int, float), "flags": (int,)}
 

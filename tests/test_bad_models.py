@@ -233,6 +233,37 @@ def test_a_cache_that_is_larger_than_memory(monkeypatch: pytest.MonkeyPatch):
         ctx.decode([1, 2, 3])
 
 
+def test_what_a_gpu_takes_of_a_cache(monkeypatch: pytest.MonkeyPatch):
+    """A model may ask for a GPU where there is none. Where there is one, the rest of the layers is the host's."""
+    everything = {}
+    for name in ("dense", "iswa", "jamba", "mamba"):
+        monkeypatch.setattr(probe, "available_memory", lambda: 0)
+        with Model(tiny.path(name)) as plain, pytest.raises(ContextCreateError) as caught:
+            Context(plain, n_ctx=4096)
+        everything[name] = int(str(caught.value).split(" bytes")[0].split()[-1])
+    for name, needed in everything.items():
+        for layers in (1, 2, 99, -1):
+            model = Model(tiny.path(name), n_gpu_layers=layers)
+            last = None
+            for gpus, offload in (([], True), ([32], False), ([32], True)):
+                monkeypatch.setattr(probe.handles, "gpu_alignments", lambda gpus=gpus: gpus)
+                params = {"n_ctx": 4096, "offload_kqv": offload}
+                monkeypatch.setattr(probe, "available_memory", lambda: 1)
+                if gpus and offload and layers in (99, -1):
+                    Context(model, n_threads=1, **params).close()  # it is for the GPU to refuse
+                    continue
+                with pytest.raises(ContextCreateError) as caught:
+                    Context(model, **params)
+                last = int(str(caught.value).split(" bytes")[0].split()[-1])
+                if not (gpus and offload):
+                    assert last == needed
+            # the first of them is the output's: it takes nothing of the cache along
+            if layers == 1:
+                assert last == needed
+            if layers == 2:
+                assert 0 < last < needed
+
+
 EXTREMES = """
 from tests.children import limit_memory
 from llamastate import probe

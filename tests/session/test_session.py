@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llamastate import Context, Model, Sampler
+from llamastate import CheckpointRecord, Context, Model, Sampler
 from llamastate.errors import (
     ClosedError,
     FingerprintMismatchError,
@@ -20,6 +20,7 @@ from llamastate.errors import (
     InvalidSequenceError,
     LogitsUnavailableError,
     NoKVSlotError,
+    NotCopyableError,
     SequenceChangedError,
     TokenizeError,
 )
@@ -448,13 +449,32 @@ def test_a_branch_in_a_full_pool_stays_as_it_is(kind: str, what: str) -> None:
         assert_same_logits(session.logits, fresh(kind, wholes[0][:10]))
 
 
-def test_a_session_cannot_be_copied() -> None:
+def test_what_lives_in_native_memory_cannot_be_copied() -> None:
     with context("dense") as ctx:
         session = Session(ctx)
         session.feed([1])
-        for how in (copy.copy, copy.deepcopy, pickle.dumps):
-            with pytest.raises(TypeError, match="branch"):
-                how(session)
+        hints = {session: "branch", ctx: "Snapshot.take", ctx.model: "its path", Sampler(ctx.model): "from_state"}
+        for thing, hint in hints.items():
+            for how in (copy.copy, copy.deepcopy, pickle.dumps):
+                with pytest.raises(NotCopyableError, match=hint) as caught:
+                    how(thing)
+                assert isinstance(caught.value, TypeError)
+                assert caught.value.what == type(thing).__name__
+        copy.copy(session.snapshot()).close()
+
+
+def test_checkpoints_are_told_in_a_line() -> None:
+    with context("jamba") as ctx:
+        session = Session(ctx)
+        session.feed([1, 2, 3])
+        session.checkpoint("x" * 1_000_000)
+        session.checkpoint("turn")
+        (long, short), records = session.checkpoints, session.snapshot().checkpoints
+        assert "3 tokens" in repr(short)
+        assert "'turn', partial" in repr(short)
+        assert "label='turn'" in repr(records[1])
+        for each in (long, records[0], session.checkpoints, CheckpointRecord(1, label="y" * 1_000_000)):
+            assert len(repr(each)) < 400
 
 
 def test_a_sampler_is_told_what_the_session_holds() -> None:
