@@ -12,11 +12,22 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import msgspec
 import numpy as np
 
+from llamastate.batch.bodies import (
+    BODIES,
+    Bias,
+    ChatBody,
+    CompletionBody,
+    EmbeddingBody,
+    Envelope,
+    Loose,
+    Message,
+    Sampled,
+)
 from llamastate.batch.request import Request
 from llamastate.batch.schema import json_grammar, schema_grammar
 from llamastate.errors import InvalidRequestError, LlamaStateError, SamplerError
@@ -30,129 +41,12 @@ MAX_LINE = 64 << 20
 #: Seeds of llama.cpp; its largest stands for "any".
 _SEEDS = 2**32 - 1
 
-_Count = Annotated[int, msgspec.Meta(ge=0)]
-_Positive = Annotated[int, msgspec.Meta(ge=1)]
-_Some = Annotated[int, msgspec.Meta(ge=1, le=128)]
-_Bias = dict[str, float]
-
-
-class _Envelope(msgspec.Struct):
-    url: str
-    body: msgspec.Raw
-    method: str = "POST"
-    custom_id: str | None = None
-
-
-class _Loose(msgspec.Struct):
-    """Of a line that is wrong somewhere: its name, for the error."""
-
-    custom_id: Any = None
-
-
-class _Body(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
-    """What all bodies may have and nothing comes of."""
-
-    model: str | None = None
-    user: str | None = None
-    metadata: dict[str, Any] | None = None
-    store: bool | None = None
-    service_tier: str | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
-    prompt_cache_retention: str | None = None
-
-
-class _Part(msgspec.Struct):
-    type: str
-    text: str | None = None
-
-
-class _Function(msgspec.Struct):
-    name: str
-    arguments: str | dict[str, Any] = "{}"
-
-
-class _Call(msgspec.Struct, kw_only=True):
-    function: _Function
-    type: Literal["function"] = "function"
-    id: str | None = None
-
-
-class _Message(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True):
-    role: str
-    content: str | list[_Part] | None = None
-    name: str | None = None
-    tool_calls: list[_Call] | None = None
-    tool_call_id: str | None = None
-    reasoning_content: str | None = None
-    refusal: str | None = None
-
-
-class _Format(msgspec.Struct, forbid_unknown_fields=True):
-    type: Literal["text", "json_object", "json_schema"]
-    json_schema: dict[str, Any] | None = None
-
-
-class _Sampled(_Body, kw_only=True):
-    """What both kinds of completion have."""
-
-    max_tokens: _Count | None = None
-    temperature: Annotated[float, msgspec.Meta(ge=0)] | None = None
-    top_p: Annotated[float, msgspec.Meta(gt=0, le=1)] | None = None
-    n: _Some | None = None
-    stop: str | list[str] | None = None
-    seed: int | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    logit_bias: _Bias | None = None
-    response_format: _Format | None = None
-    stream: bool | None = None
-    top_k: Annotated[int, msgspec.Meta(ge=-1)] | None = None
-    min_p: Annotated[float, msgspec.Meta(ge=0, le=1)] | None = None
-    typical_p: Annotated[float, msgspec.Meta(gt=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, msgspec.Meta(gt=0)] | None = None
-    ignore_eos: bool = False
-    grammar: str | None = None
-    priority: int = 0
-
-
-class _Chat(_Sampled, kw_only=True):
-    messages: Annotated[list[_Message], msgspec.Meta(min_length=1)]
-    max_completion_tokens: _Count | None = None
-    logprobs: bool | None = None
-    top_logprobs: Annotated[int, msgspec.Meta(ge=0, le=20)] | None = None
-    tools: list[dict[str, Any]] | None = None
-    tool_choice: str | dict[str, Any] | None = None
-    parallel_tool_calls: bool | None = None
-    reasoning_effort: str | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
-
-
-class _Completion(_Sampled, kw_only=True):
-    prompt: str | list[str | int | list[int]]
-    echo: bool = False
-    logprobs: Annotated[int, msgspec.Meta(ge=0, le=20)] | None = None
-    best_of: _Positive | None = None
-    suffix: str | None = None
-
-
-class _Embedding(_Body, kw_only=True):
-    input: str | list[str | int | list[int]]
-    encoding_format: Literal["float", "base64"] = "float"
-    dimensions: int | None = None
-
-
-_BODIES: dict[str, type[_Chat | _Completion | _Embedding]] = {
-    "/v1/chat/completions": _Chat,
-    "/v1/completions": _Completion,
-    "/v1/embeddings": _Embedding,
-}
 #: What a request can be sent to.
-URLS = tuple(_BODIES)
+URLS = tuple(BODIES)
 
-_envelope = msgspec.json.Decoder(_Envelope)
-_loose = msgspec.json.Decoder(_Loose)
-_bodies = {url: msgspec.json.Decoder(body) for url, body in _BODIES.items()}
+_envelope = msgspec.json.Decoder(Envelope)
+_loose = msgspec.json.Decoder(Loose)
+_bodies = {url: msgspec.json.Decoder(body) for url, body in BODIES.items()}
 
 
 @dataclass(frozen=True)
@@ -226,7 +120,7 @@ def read_line(raw: bytes, number: int) -> Line:
             raise _invalid("missing_custom_id", "there is no custom_id", "custom_id")
         if found.method != "POST":
             raise _invalid("invalid_method", f"method is {brief(found.method)}, not 'POST'", "method")
-        if found.url not in _BODIES:
+        if found.url not in BODIES:
             raise _invalid("invalid_url", f"url is {brief(found.url)}, not one of {', '.join(URLS)}", "url")
         return Line(number, custom_id, found.url, bytes(found.body), _digest(found.url, bytes(found.body)))
     except InvalidRequestError as error:
@@ -333,9 +227,9 @@ def parse(line: Line, defaults: Defaults) -> Query:
     """
     try:
         body = _decode(_bodies[line.url], line.body)
-        if isinstance(body, _Embedding):
+        if isinstance(body, EmbeddingBody):
             return _embedding(line, body)
-        if isinstance(body, _Chat):
+        if isinstance(body, ChatBody):
             return _chat(line, body, defaults)
         return _completion(line, body, defaults)
     except SamplerError as error:
@@ -347,7 +241,7 @@ def parse(line: Line, defaults: Defaults) -> Query:
         raise _located(error, line.number, line.custom_id) from None
 
 
-def _embedding(line: Line, body: _Embedding) -> Query:
+def _embedding(line: Line, body: EmbeddingBody) -> Query:
     if body.dimensions is not None:
         raise _unsupported("dimensions", "embeddings have as many dimensions as the model's")
     prompts = _prompts(body.input, "input")
@@ -355,7 +249,7 @@ def _embedding(line: Line, body: _Embedding) -> Query:
     return Query(line, prompts, request, base64=body.encoding_format == "base64")
 
 
-def _completion(line: Line, body: _Completion, defaults: Defaults) -> Query:
+def _completion(line: Line, body: CompletionBody, defaults: Defaults) -> Query:
     if body.suffix:
         raise _unsupported("suffix", "nothing can be written before a given end")
     n = body.n or 1
@@ -367,7 +261,7 @@ def _completion(line: Line, body: _Completion, defaults: Defaults) -> Query:
     return Query(line, prompts, request, body.logprobs)
 
 
-def _chat(line: Line, body: _Chat, defaults: Defaults) -> Query:
+def _chat(line: Line, body: ChatBody, defaults: Defaults) -> Query:
     if body.top_logprobs is not None and not body.logprobs:
         raise _invalid("invalid_parameter", "top_logprobs needs logprobs = true", "top_logprobs")
     given = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
@@ -389,7 +283,7 @@ def _chat(line: Line, body: _Chat, defaults: Defaults) -> Query:
 
 def _request(
     line: Line,
-    body: _Sampled,
+    body: Sampled,
     defaults: Defaults,
     prompt: Any,
     max_tokens: int,
@@ -448,7 +342,7 @@ def _tokens(ids: list[int], name: str) -> Any:
     return np.array(ids, np.int32)
 
 
-def _message(message: _Message, i: int) -> dict[str, Any]:
+def _message(message: Message, i: int) -> dict[str, Any]:
     """A message as templates know it."""
     facts: dict[str, Any] = msgspec.to_builtins(message)
     at = f"messages[{i}]"
@@ -472,7 +366,7 @@ def _message(message: _Message, i: int) -> dict[str, Any]:
     return facts
 
 
-def _grammar(body: _Sampled) -> str | None:
+def _grammar(body: Sampled) -> str | None:
     form = body.response_format
     if body.grammar is not None:
         if form is not None and form.type != "text":
@@ -487,7 +381,7 @@ def _grammar(body: _Sampled) -> str | None:
     return schema_grammar(form.json_schema["schema"])
 
 
-def _bias(given: _Bias | None) -> dict[int, float]:
+def _bias(given: Bias | None) -> dict[int, float]:
     bias = {}
     for token, value in (given or {}).items():
         if not re.fullmatch(r"[0-9]{1,10}", token, re.ASCII):
