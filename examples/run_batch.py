@@ -104,6 +104,7 @@ def main() -> int:
 
         path = str(smollm2())
     began = time.perf_counter()
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # the commands below write between the lines
     lines = requests()
     with tempfile.TemporaryDirectory() as folder:
         source, output, summary = (Path(folder, name) for name in ("in.jsonl", "out.jsonl", "summary.json"))
@@ -128,7 +129,8 @@ def main() -> int:
         topic = line["custom_id"].rpartition("-")[0]
         print(f"\n  Q: ({topic}) {line['body']['messages'][1]['content']}")
         print(f"  A: {found[line['custom_id']]['choices'][0]['message']['content'].strip()}")
-    print("\n  (135 M parameters are often wrong; what matters here is that both ways say the same)\n")
+    print("\n  (135 M parameters are often wrong. Where two tokens are as likely but for the last bits, another number of")
+    print("  sequences in a batch can turn the scale, in llama.cpp itself: --fixed-shapes makes answers reproducible)\n")
 
     n_prompt = sum(body["usage"]["prompt_tokens"] for body in found.values())
     cached = sum(body["usage"]["prompt_tokens_details"]["cached_tokens"] for body in found.values())

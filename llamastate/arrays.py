@@ -41,10 +41,14 @@ def as_int32(values: Any, what: str) -> Int32Array:
     if array.dtype == np.int32 and array.ndim == 1:
         # a copy, always: what has been checked must not change while llama.cpp reads it without the GIL
         return np.array(array, order="C")
+    if array.ndim == 0:
+        raise _bad(f"{what} is {type(values).__name__}, not an array of integers")
     if array.ndim != 1:
         raise _bad(f"{what} has {array.ndim} dimensions, not 1")
     if array.size == 0:
         return np.empty(0, np.int32)
+    if array.dtype.kind in "US":
+        raise _bad(f"{what} holds text, not integers")
     if array.dtype.kind not in "iu":
         # an object array is what NumPy makes of integers past 64 bits
         raise _bad(f"{what} holds {array.dtype}, not integers")

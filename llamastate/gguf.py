@@ -28,6 +28,8 @@ _MAGIC = b"GGUF"
 _PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
+_LAYOUTS = {letter: struct.Struct("<" + letter) for letter in _SCALARS.values()}
+_LENGTH = _LAYOUTS["Q"].pack
 _MAX_DIMS = 4
 
 #: Up to here every byte is hashed; beyond, samples.
@@ -162,8 +164,9 @@ def _read(stamps: Stamps) -> Identity:
         for name in sorted(tensors):
             info = tensors[name]
             _feed(digest, name.encode("utf-8", "surrogateescape"), repr((info.type, info.dims, info.n_bytes)).encode())
-            for at, size in _samples(name, info.n_bytes, whole=total <= _WHOLE):
-                digest.update(_pread(files[info.part], size, info.offset + at))
+            fd, start = files[info.part], info.offset
+            samples = _samples(name, info.n_bytes, whole=total <= _WHOLE)
+            digest.update(b"".join([_pread(fd, size, start + at) for at, size in samples]))
     finally:
         for fd in files:
             os.close(fd)
@@ -192,7 +195,10 @@ def _samples(name: str, n_bytes: int, *, whole: bool) -> Iterator[tuple[int, int
 
 
 def _pread(fd: int, size: int, at: int) -> bytes:
-    data = bytearray()
+    whole = os.pread(fd, size, at)
+    if len(whole) == size:
+        return whole
+    data = bytearray(whole)
     while len(data) < size:
         chunk = os.pread(fd, size - len(data), at + len(data))
         if not chunk:
@@ -202,9 +208,7 @@ def _pread(fd: int, size: int, at: int) -> bytes:
 
 
 def _feed(digest: Any, *fields: bytes) -> None:
-    for data in fields:
-        digest.update(struct.pack("<Q", len(data)))
-        digest.update(data)
+    digest.update(b"".join([part for data in fields for part in (_LENGTH(len(data)), data)]))
 
 
 class _Reader:
@@ -217,11 +221,12 @@ class _Reader:
 
     def take(self, layout: str) -> Any:
         """The next number."""
+        known = _LAYOUTS[layout]
         try:
-            (value,) = struct.unpack_from(f"<{layout}", self.view, self.at)
+            (value,) = known.unpack_from(self.view, self.at)
         except struct.error:
             raise GGUFError(f"it ends too soon, at {self.at}") from None
-        self.at += struct.calcsize(f"<{layout}")
+        self.at += known.size
         return value
 
     def string(self) -> bytes:
@@ -281,7 +286,7 @@ class _Reader:
             except ValueError as error:
                 raise GGUFError(str(error)) from None
         elif inner in _SCALARS:
-            size = count * struct.calcsize(f"<{_SCALARS[inner]}")
+            size = count * _LAYOUTS[_SCALARS[inner]].size
             if size > len(self.view) - self.at:
                 raise GGUFError(f"an array of {size} bytes at {self.at}")
             self.at += size
