@@ -4,7 +4,8 @@ GCC told its optimiser that ``_tile_loadconfig`` reads 8 bytes where it reads 64
 12.4, 13.3 and 14). llama.cpp's AMX kernels fill in all 64 and load them; GCC drops the stores that it thinks nobody
 reads, and the process dies at the first prompt of a quantised model, on processors that have AMX.
 
-``python llama.cpp/amx.py`` prints the CMake arguments with which this machine's compiler leaves AMX out, or nothing.
+``python llama.cpp/amx.py`` prints the CMake arguments with which this machine's compiler leaves AMX out, or nothing;
+with ``--mend`` those with which it gets AMX right (``amx.h``), which makes batches and prompts about twice as fast.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from pathlib import Path
 FLAG = "-mno-amx-int8"
 CMAKE_ARGS = f"-DCMAKE_C_FLAGS={FLAG} -DCMAKE_CXX_FLAGS={FLAG}"
 
+HEADER = Path(__file__).resolve().parent / "amx.h"
+
 _MACRO = re.compile(r"#define (\w+) (.*)")
 
 
@@ -28,8 +31,11 @@ def is_broken(major: int, minor: int) -> bool:
     return bool(runpy.run_path(str(path))["is_broken"](major, minor))
 
 
-def cmake_args(compiler: str) -> str:
-    """CMake arguments that keep AMX out of a library which ``compiler`` would break; empty if none are needed."""
+def cmake_args(compiler: str, *, mend: bool = False) -> str:
+    """CMake arguments for a library which ``compiler`` would break: without AMX, or with it mended.
+
+    Empty if none are needed.
+    """
     command = [compiler, "-march=native", "-dM", "-E", "-x", "c", os.devnull]
     try:
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -38,9 +44,11 @@ def cmake_args(compiler: str) -> str:
     macros = dict(_MACRO.findall(text))
     if "__AMX_INT8__" not in macros or "__clang__" in macros:
         return ""
-    return CMAKE_ARGS if is_broken(int(macros["__GNUC__"]), int(macros["__GNUC_MINOR__"])) else ""
+    if not is_broken(int(macros["__GNUC__"]), int(macros["__GNUC_MINOR__"])):
+        return ""
+    return f"-DCMAKE_CXX_FLAGS=--include={HEADER}" if mend and " " not in str(HEADER) else CMAKE_ARGS
 
 
 if __name__ == "__main__":
-    arguments = [os.environ.get("CMAKE_ARGS", ""), cmake_args(os.environ.get("CC") or "cc")]
-    sys.stdout.write(" ".join(filter(None, arguments)) + "\n")
+    found = cmake_args(os.environ.get("CC") or "cc", mend="--mend" in sys.argv[1:])
+    sys.stdout.write(" ".join(filter(None, [os.environ.get("CMAKE_ARGS", ""), found])) + "\n")
