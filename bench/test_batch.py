@@ -104,9 +104,9 @@ def best(model, prompts):
 
 @pytest.fixture
 def ours(model, prompts):
-    """We ourselves over the prompts that the servers get: tokens a second, just before."""
-    seconds, results, *_ = by_us(model, prompts[:N_TRIED], n_parallel=32, flash_attn="off")
-    return rate(results, seconds)
+    """We ourselves over the prompts that the servers get: tokens a second, just before, the better of two settings."""
+    tried = [by_us(model, prompts[:N_TRIED], n_parallel=n, flash_attn="off") for n in (16, 32)]
+    return max(rate(results, seconds) for seconds, results, *_ in tried)
 
 
 def test_shared_prefix(claim, model, prompts, best):
@@ -183,7 +183,7 @@ def test_against_llama_cpp_python(claim, prompts, ours):
     theirs, _, flash = completions_one_by_one(prompts[:17], N_GENERATE)
     claim(
         62,
-        "the same (64 prompts) against llama-cpp-python's create_completion in a loop (16 of them, its prefix warm)",
+        "the same against llama-cpp-python's create_completion in a loop (16 of them, its prefix warm)",
         f"{ours / theirs:.2f} ×: {ours:.0f} against {theirs:.0f} tokens/s (flash attention {on(flash)})",
         ours / theirs,
         1.4,
@@ -226,13 +226,13 @@ def test_against_the_example_server(claim, prompts, ours):
     # every slot holds its prompt whole in its books, so its context has to be that large; one slot keeps the prefix
     tried = [
         {"server": str(server), "n_parallel": n, "flash_attn": flash, "n_ctx": 1024 * n, "n_batch": 512}
-        for n, flash in ((33, False), (65, False), (33, True))
+        for n, flash in ((17, False), (33, False), (65, False), (33, True))
     ]
     theirs, words, version = served(python, "llama_cpp_server_peer.py", prompts[:N_TRIED], tried)
     claim(
         71,
         what,
-        f"{ours / theirs:.2f} ×: {ours:.0f} against {theirs:.0f} tokens/s ({version}; {words}, the best of 3 settings)",
+        f"{ours / theirs:.2f} ×: {ours:.0f} against {theirs:.0f} tokens/s ({version}; {words}, the best of 4 settings)",
         ours / theirs,
         1.15,
         at_least=True,
