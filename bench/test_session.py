@@ -195,6 +195,7 @@ def test_checkpoint(claim, session):
 def become(session: Session, blob: Any, tokens: Any) -> None:
     """Put the tokens that were undone back without decoding them again, and end redo."""
     session.ctx.state_seq_set_data(blob, session.seq_id)
+    session._witness.accept()
     session._tokens = tokens
     session._redo.clear()
 

@@ -22,6 +22,8 @@ from llamastate import (
     PendingUpdateError,
     Sampler,
     SeqFlags,
+    SequenceChangedError,
+    Session,
 )
 from tests import models, raw, tiny
 from tests.conftest import THREADS
@@ -316,3 +318,27 @@ def test_batches_and_samplers_work_on_it(llm: llama_cpp.Llama):
     expected = view.copy()
     llm.eval([1, 2, 3])
     np.testing.assert_array_equal(view, expected)
+
+
+def test_a_session_notices_what_the_llama_does(llm: llama_cpp.Llama):
+    ctx = Context.attach(llm)
+    session = Session(ctx)
+    session.feed(TEXT)
+    llm.tokenize(b"the of")
+    llm.n_tokens = len(TEXT)
+    llm._ctx.kv_cache_seq_rm(0, len(TEXT), -1)  # nothing is there
+    llm._ctx.get_state_size()
+    session.feed([5])
+    for change in (
+        lambda: (setattr(llm, "n_tokens", len(TEXT)), llm.eval([6])),
+        lambda: llm._ctx.kv_cache_seq_rm(0, 3, 5),
+        lambda: llm._ctx.kv_cache_seq_cp(0, 0, 0, -1),
+    ):
+        assert session.n_past == len(TEXT) + 1
+        change()
+        assert ctx.seq_pos_max(0) == len(TEXT)
+        with pytest.raises(SequenceChangedError):
+            session.feed([7])
+        ctx.clear()
+        session = Session(ctx)
+        session.feed([*TEXT, 5])
