@@ -126,9 +126,10 @@ class BatchRunner(Closing):
         Cells that a request needs free beyond its prompt to be admitted, if it may generate as many. What is generated
         beyond that may park others.
     preempt_bytes : int
-        What states of parked requests may take in memory; more go to temporary files.
+        What states of parked requests may take in memory; more go to temporary files. A state that is lost there is
+        decoded again.
     spill_folder : path-like, optional
-        Where those files are; the system's temporary folder by default.
+        Where those files are, without a name; the system's temporary folder by default.
     fixed_shapes : bool
         The same outputs, bit for bit, whatever else runs. See the notes.
 
@@ -420,7 +421,6 @@ class BatchRunner(Closing):
                 results.close()
         with self._turn:
             self._engine.close()
-            self._parking.close()
 
     def __repr__(self) -> str:
         return f"<llamastate.batch.BatchRunner {'closed' if self._closed else f'of {self._engine.rules.n_slots}'}>"

@@ -9,6 +9,7 @@ import pytest
 
 from llamastate import Context, Model, SamplingParams
 from llamastate.batch import BatchRunner, Request, Result
+from llamastate.batch.parking import Parking
 from llamastate.prefix import PrefixStore
 from tests.conftest import THREADS
 from tests.helpers import KINDS, context, model, tokens
@@ -130,6 +131,41 @@ def test_parked(kind, preempt_bytes, tmp_path):
     for result in results.values():
         assert len(result.outputs[0].tokens) == 60
         assert_near_the_truth(m, result)
+
+
+@pytest.mark.parametrize("fault", ["flipped", "cut", "closed", "no folder"])
+def test_a_parked_state_that_is_lost(fault, tmp_path, monkeypatch):
+    """Its tokens are decoded again, and nobody hears of it. Files have no name: nothing is left, however it ends."""
+    real, n_files = Parking.put, 0
+
+    def put(self, ctx, task):
+        nonlocal n_files
+        real(self, ctx, task)
+        assert list(tmp_path.iterdir()) == []
+        if task.state is None:
+            return
+        n_files += 1
+        if fault == "flipped":
+            size = task.state.seek(0, 2)
+            task.state.seek(size // 2)
+            byte = task.state.read(1)
+            task.state.seek(size // 2)
+            task.state.write(bytes([byte[0] ^ 1]))
+        elif fault == "cut":
+            task.state.truncate(1000)
+        else:
+            task.state.close()
+
+    monkeypatch.setattr(Parking, "put", put)
+    requests = [Request(str(i), tokens(40, i), max_tokens=60, logprobs=0, ignore_eos=True) for i in range(6)]
+    folder = tmp_path / "none" if fault == "no folder" else tmp_path
+    results, runner = run(model("dense"), requests, n_ctx=256, reserve=8, preempt_bytes=0, spill_folder=folder)
+    assert len(results) == len(requests)
+    assert runner._parking.n_lost == runner.stats.preemptions > 0
+    assert n_files == (0 if fault == "no folder" else runner.stats.preemptions)
+    for result in results.values():
+        assert len(result.outputs[0].tokens) == 60
+        assert_near_the_truth(model("dense"), result)
 
 
 def test_fixed_shapes(kind):
