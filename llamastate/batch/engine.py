@@ -15,13 +15,26 @@ from llamastate.batch.parking import Parking
 from llamastate.batch.request import FinishReason, Request, Result
 from llamastate.batch.scheduler import Scheduler
 from llamastate.batch.tasks import Pieces, Task, Ticket, token_logprob
-from llamastate.errors import DecodeError, InvalidArgumentError, LlamaStateError, NoKVSlotError, SamplerError
+from llamastate.errors import (
+    ClosedError,
+    DecodeError,
+    FingerprintUnavailableError,
+    InvalidArgumentError,
+    LlamaStateError,
+    NoKVSlotError,
+    NotEnoughCellsError,
+    SamplerError,
+    UnsupportedLayoutError,
+)
 
 if TYPE_CHECKING:
     from llamastate.context import Context
     from llamastate.prefix import PrefixStore
 
 __all__ = ["Counts", "Engine"]
+
+#: Errors of a store that come again whenever it is asked.
+_FOR_GOOD = (ClosedError, FingerprintUnavailableError, UnsupportedLayoutError)
 
 
 class Counts:
@@ -68,6 +81,7 @@ class Engine:
         self._parking = parking
         self._store = store
         self._n_puts = 0
+        self._store_told = False
         #: A step has begun and not ended.
         self._broken = False
         self._results: list[tuple[Ticket, Result]] = []
@@ -337,17 +351,20 @@ class Engine:
             return 0
         if task.stored[0] != self._n_puts:
             started = time.perf_counter()
-            task.stored = self._n_puts, self._store.lookup(task.tokens, ctx=self.ctx)
+            task.stored = self._n_puts, 0  # one that fails is not asked again for the same
+            try:
+                task.stored = self._n_puts, self._store.lookup(task.tokens, ctx=self.ctx)
+            except Exception as error:
+                self._store_failed(error)
             self.counts.store_seconds += time.perf_counter() - started
         return task.stored[1]
 
     def _load(self, task: Task, n: int) -> None:
-        assert self._store is not None
         started = time.perf_counter()
         try:
-            n = self._store.load(self.ctx, task.seq, task.tokens, max_tokens=n)
-        except (LlamaStateError, OSError) as error:
-            self._without_store(error)
+            n = 0 if self._store is None else self._store.load(self.ctx, task.seq, task.tokens, max_tokens=n)
+        except Exception as error:
+            self._store_failed(error)
             self.ctx.seq_rm(task.seq)
             n = 0
         self.counts.store_seconds += time.perf_counter() - started
@@ -363,15 +380,25 @@ class Engine:
         try:
             if self._store.put(self.ctx, seq, tokens):
                 self._n_puts += 1
-        except (LlamaStateError, OSError) as error:
-            self._without_store(error)
+        except Exception as error:
+            self._store_failed(error)
         self.counts.store_seconds += time.perf_counter() - started
 
-    def _without_store(self, error: Exception) -> None:
-        """A store that fails is no reason to stop."""
-        self._store = None
-        self.scheduler.lookup = None
-        warnings.warn(f"the batch goes on without its prefix store: {error}", RuntimeWarning, stacklevel=2)
+    def _store_failed(self, error: Exception) -> None:
+        """A store that fails is no reason to stop, whatever it raises; and to give it up only if it can never work."""
+        error.__traceback__ = None
+        if isinstance(error, (NotEnoughCellsError, NoKVSlotError)):
+            return  # that is the cache's lack of room, not the store's
+        if isinstance(error, _FOR_GOOD):
+            self._store = None
+            self.scheduler.lookup = None
+            warnings.warn(f"the batch goes on without its prefix store: {error}", RuntimeWarning, stacklevel=2)
+        elif not self._store_told:
+            self._store_told = True
+            message = (
+                f"the prefix store failed, which costs time only; it is asked again: {error or type(error).__name__}"
+            )
+            warnings.warn(message, RuntimeWarning, stacklevel=2)
 
     # --- what comes of a decode ---------------------------------------------------------------------------------------
 
