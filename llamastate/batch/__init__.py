@@ -3,6 +3,7 @@
 from llamastate.batch.openai import Defaults
 from llamastate.batch.pipeline import BatchSummary, run_batch
 from llamastate.batch.progress import Progress, ProgressBar
+from llamastate.batch.reading import Inline
 from llamastate.batch.request import Embedding, Malformed, Output, Request, Result, Times, TokenLogprob
 from llamastate.batch.runner import BatchRunner, BatchStats
 from llamastate.batch.tables import run_rows, run_table
@@ -13,6 +14,7 @@ __all__ = [
     "BatchSummary",
     "Defaults",
     "Embedding",
+    "Inline",
     "Malformed",
     "Output",
     "Progress",

@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field, is_dataclass
 from typing import Any, Protocol
 
@@ -15,6 +16,7 @@ from llamastate.batch.journal import Index, key_of, run_digest
 from llamastate.batch.openai import Defaults, Query, parse
 from llamastate.batch.outfile import OutputFile, StreamOutput, open_output
 from llamastate.batch.progress import Progress
+from llamastate.batch.reading import Inline, Threaded
 from llamastate.batch.request import Request, Result
 from llamastate.batch.responses import Names, error_line, response_line
 from llamastate.batch.resume import Placing, changed, take_up
@@ -305,12 +307,17 @@ class _Run:
 
     # --- one line after the other -------------------------------------------------------------------------------------
 
-    def requests(self) -> Iterator[Request]:
-        """What the runner reads."""
+    def requests(self) -> Iterator[Any]:
+        """What the runner reads, in its own thread: what is written here is not to meet what is written there."""
         try:
-            for line, name in Placing(self.source, self.index).lines():
+            lines = Placing(self.source, self.index).lines()
+            for item in lines if self.source.again else Threaded(lines):
+                if isinstance(item, Future):  # a pipe that is quiet
+                    yield item
+                    continue
                 if self.stopped is not None:
                     return
+                line, name = item
                 self.progress.read += 1
                 key = key_of(line, self.run)
                 if (found := self.index.get(name)) is not None:
@@ -332,7 +339,7 @@ class _Run:
             self.failure = error
 
     def loop(self) -> None:
-        results = self.runner.run(self.requests())
+        results = self.runner.run(Inline(self.requests()))
         try:
             for result in results:
                 self.take(result)

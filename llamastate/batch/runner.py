@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
 import contextlib
 import os
 import threading
@@ -11,14 +10,16 @@ import time
 import weakref
 from collections import deque
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator
-from dataclasses import dataclass
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 from llamastate.arrays import as_index
 from llamastate.batch.engine import Counts, Engine
 from llamastate.batch.jobs import Rules
 from llamastate.batch.parking import Parking
+from llamastate.batch.reading import END, NOTHING, Pulled, Reader, iterator_of, settled
 from llamastate.batch.request import Malformed, Request, Result, Times
+from llamastate.batch.stats import BatchStats
 from llamastate.context import Context
 from llamastate.errors import ClosedError, ContextBusyError, InvalidArgumentError, LlamaStateError
 from llamastate.lifetimes import Closing
@@ -32,63 +33,6 @@ __all__ = ["BatchRunner", "BatchStats"]
 
 #: Cells for each request that runs, if nobody says how many.
 CELLS_EACH = 512
-
-
-@dataclass(frozen=True, slots=True)
-class BatchStats:
-    """What a runner has done since it was made, and what it is doing.
-
-    Attributes
-    ----------
-    done, failed : int
-        Requests that ended well, and with an error.
-    running, waiting, parked : int
-        Outputs that are being generated, wait for a sequence, were put aside to make room.
-    prompt_tokens, cached_tokens : int
-        Of the requests done: tokens of their prompts, and how many of them were not computed for them.
-    stored_tokens : int
-        Tokens that came from the store.
-    generated_tokens : int
-    decodes, decoded_tokens : int
-        Calls of ``llama_decode`` that succeeded, and the tokens in them.
-    forks, preemptions : int
-    cells_used, cells_total : int
-        Of the cache, as the scheduler counts.
-    decode_seconds, sample_seconds, schedule_seconds, store_seconds, prepare_seconds : float
-        Computing; choosing tokens and writing text; planning, forking and filling batches; reading and writing the
-        store; tokenising and checking requests.
-    """
-
-    done: int
-    failed: int
-    running: int
-    waiting: int
-    parked: int
-    prompt_tokens: int
-    cached_tokens: int
-    stored_tokens: int
-    generated_tokens: int
-    decodes: int
-    decoded_tokens: int
-    forks: int
-    preemptions: int
-    cells_used: int
-    cells_total: int
-    decode_seconds: float
-    sample_seconds: float
-    schedule_seconds: float
-    store_seconds: float
-    prepare_seconds: float
-
-    @property
-    def kv_usage(self) -> float:
-        """The part of the cache's cells that is in use."""
-        return self.cells_used / max(1, self.cells_total)
-
-    @property
-    def hit_rate(self) -> float:
-        """The part of the prompts' tokens that was not computed for the request that brought them."""
-        return self.cached_tokens / max(1, self.prompt_tokens)
 
 
 class BatchRunner(Closing):
@@ -228,20 +172,25 @@ class BatchRunner(Closing):
         self._engine = Engine(self.ctx, rules, self._parking, store)
         self._turn = threading.Lock()
         self._stopping = threading.Event()
-        self._unfinished: tuple[Request, ...] = ()
-        #: The iterator of the last run, for whoever closes the runner in the middle of it.
+        self._unfinished: list[Request] = []
+        #: The iterator of the run under way, what it reads, and the thread that was in it last.
         self._active: Callable[[], Any] = lambda: None
+        self._reader: Reader | None = None
+        self._thread = 0
+        #: Whose result was handed back last.
+        self._handed: Request | Malformed | None = None
         self._closed = False
 
     # --- running ------------------------------------------------------------------------------------------------------
 
-    def run(self, requests: Iterable[Request | Malformed]) -> Iterator[Result]:
+    def run(self, requests: Iterable[Request | Malformed | Future[Any]]) -> Iterator[Result]:
         """Process requests.
 
         Parameters
         ----------
         requests : iterable of Request or Malformed
-            Read as there is room for them, so it may be without end.
+            Read as there is room for them, so it may be without end; and it may keep the runner waiting: what is there
+            is run in the meantime. See the notes.
 
         Yields
         ------
@@ -259,60 +208,72 @@ class BatchRunner(Closing):
 
         Notes
         -----
+        Collections are read where this is called, anything else in a thread of its own, from beginning to end in the
+        same. It is asked for one request at a time, and while it answers within a millisecond or so the runner waits
+        for it: such an iterable never runs beside whoever takes the results, and batches do not depend on time. Wrap it
+        in :class:`~llamastate.batch.Inline` if it has to be read in this thread. A thread that is kept waiting by its
+        iterable when the run ends stays until that gives something; a request that it gives so late is added to
+        :attr:`unfinished`.
+
         An iterator that is given up (closed) gives up what is under way: :attr:`unfinished` tells what that was. What
         the context has learnt of prefixes stays, for the next call.
         """
         if self._closed:
             raise ClosedError("the runner is closed", what="runner")
-        results = self._guarded(requests)
-        if self._active() is None or not self._turn.locked():
-            self._active = weakref.ref(results)
+        itself: list[Any] = []
+        results = self._guarded(Reader(iterator_of(requests)), itself)
+        itself.append(weakref.ref(results))
         return results
 
-    def _guarded(self, requests: Iterable[Request | Malformed]) -> Iterator[Result]:
+    def _guarded(self, reader: Reader, itself: list[Callable[[], Any]]) -> Iterator[Result]:
         if not self._turn.acquire(blocking=False):
             raise ContextBusyError("run: the runner is running already", operation="run")
         ready: deque[tuple[Request | Malformed, Result]] = deque()
+        unfinished: list[Request] = []
         try:
+            self._active, self._reader, self._thread = itself[0], reader, threading.get_ident()
             self._stopping.clear()
-            self._unfinished = ()
-            yield from self._run(iter(requests), ready)
+            self._unfinished = unfinished
+            if self._closed:
+                raise ClosedError("the runner is closed", what="runner")
+            yield from self._run(reader, ready)
         finally:
-            left = [ticket.request for ticket in self._engine.abandon()]
-            lost = [item for item, _ in ready if isinstance(item, Request)]
-            self._unfinished = (*lost, *left)
+            unfinished += [item for item, _ in ready if isinstance(item, Request)]
+            unfinished += [ticket.request for ticket in self._engine.abandon()]
+            reader.close(lambda item: unfinished.append(item) if isinstance(item, Request) else None)
+            self._reader = self._handed = None
+            if self._closed:
+                self._free()
             self._turn.release()
 
-    def _run(
-        self, source: Iterator[Request | Malformed], ready: deque[tuple[Request | Malformed, Result]]
-    ) -> Iterator[Result]:
-        engine = self._engine
+    def _run(self, reader: Reader, ready: deque[tuple[Request | Malformed, Result]]) -> Iterator[Result]:
+        engine, stopping = self._engine, self._stopping
         reading, failure = True, None
         while True:
-            while reading and not self._stopping.is_set() and engine.n_waiting < self._window:
-                if isinstance(source, _Pulled) and not source.ready and not engine.idle:
-                    break  # there is something better to do than waiting for more
-                started = time.perf_counter()
+            while reading and not stopping.is_set() and engine.n_waiting < self._window:
                 try:
-                    item = next(source, None)
+                    item = reader.read(busy=not engine.idle)
                 except Exception as error:
                     # what was read before is not to be lost with it
                     reading, failure = False, error
                     break
-                if item is None:
+                if item is NOTHING:
+                    break
+                if item is END:
                     reading = False
                     break
+                started = time.perf_counter()
                 self._submit(item, ready, started)
                 engine.counts.prepare_seconds += time.perf_counter() - started
                 if ready:
                     break
-            if not ready and not engine.idle and not self._stopping.is_set():
+            if not ready and not engine.idle and not stopping.is_set():
                 ready.extend((ticket.request, result) for ticket, result in engine.step())
             while ready:
-                result = ready[0][1]
+                self._handed, result = ready.popleft()
                 yield result
-                ready.popleft()
-            if self._stopping.is_set() or (not reading and engine.idle):
+                self._thread = threading.get_ident()
+            if stopping.is_set() or (not reading and engine.idle):
                 break
         if failure is not None:
             raise failure
@@ -343,12 +304,13 @@ class BatchRunner(Closing):
     ) -> AsyncIterator[Result]:
         """:meth:`run` for asyncio: computes in a thread, the loop goes on.
 
-        ``requests`` may be asynchronous as well. Cancelling ends it after the decode under way.
+        ``requests`` may be asynchronous as well; it is closed at the end. Cancelling ends it after the decode under
+        way.
         """
-        loop = asyncio.get_running_loop()
-        source: Any = _Pulled(requests, loop, self._stopping) if isinstance(requests, AsyncIterable) else requests
-        results = self.run(source)
+        pulled = Pulled(requests) if isinstance(requests, AsyncIterable) else None
+        results: Any = self.run(requests if pulled is None else pulled)  # type: ignore[arg-type]
         end = object()
+        lost: list[Request] = []
         try:
             while True:
                 step = asyncio.ensure_future(asyncio.to_thread(next, results, end))
@@ -356,13 +318,18 @@ class BatchRunner(Closing):
                     result = await asyncio.shield(step)
                 except asyncio.CancelledError:
                     self.stop()
-                    await asyncio.wait([step])
+                    await settled(step)
+                    if not step.cancelled() and step.exception() is None and isinstance(self._handed, Request):
+                        lost += [self._handed] if step.result() is not end else []
                     raise
                 if result is end:
                     return
-                yield result  # type: ignore[misc]  # what is not the end is a result
+                yield result
         finally:
-            results.close()  # type: ignore[attr-defined]  # it is a generator
+            results.close()
+            self._unfinished[:0] = lost
+            if pulled is not None:
+                await pulled.aclose()
 
     def stop(self) -> None:
         """Let :meth:`run` end after the decode under way; results that are ready come still.
@@ -374,7 +341,7 @@ class BatchRunner(Closing):
     @property
     def unfinished(self) -> tuple[Request, ...]:
         """What the last :meth:`run` had read and not handed back when it was stopped or given up."""
-        return self._unfinished
+        return tuple(self._unfinished)
 
     # --- facts --------------------------------------------------------------------------------------------------------
 
@@ -413,57 +380,33 @@ class BatchRunner(Closing):
         return self._closed
 
     def close(self) -> None:
-        """Free the context. The model and the store stay open. Idempotent."""
+        """Free the context. The store stays open, and so does a model that was given. Idempotent.
+
+        A run under way ends after its decode, and is waited for. Whoever closes the runner from inside what it reads is
+        not: the context is freed when that run ends.
+        """
         self._closed = True
         self._stopping.set()
-        if (results := self._active()) is not None:
-            with contextlib.suppress(ValueError):  # another thread is in it, and will end after its decode
-                results.close()
-        with self._turn:
-            self._engine.close()
+        wait = 0.0
+        while not self._turn.acquire(timeout=wait):
+            results, reader = self._active(), self._reader
+            if results is not None:
+                with contextlib.suppress(ValueError):  # it is just running, and will end
+                    results.close()
+                    continue
+                if (reader is not None and reader.here) or self._thread == threading.get_ident():
+                    return
+            wait = 0.05
+        try:
+            self._free()
+        finally:
+            self._turn.release()
+
+    def _free(self) -> None:
+        self._engine.close()
 
     def __repr__(self) -> str:
         return f"<llamastate.batch.BatchRunner {'closed' if self._closed else f'of {self._engine.rules.n_slots}'}>"
-
-
-class _Pulled:
-    """An asynchronous iterable, read from another thread than its loop's."""
-
-    def __init__(
-        self, requests: AsyncIterable[Any], loop: asyncio.AbstractEventLoop, stopping: threading.Event
-    ) -> None:
-        self._source = aiter(requests)
-        self._loop = loop
-        self._stopping = stopping
-        self._coming: concurrent.futures.Future[Any] | None = None
-        self._end = object()
-
-    async def _pull(self) -> Any:
-        return await anext(self._source, self._end)
-
-    @property
-    def ready(self) -> bool:
-        """Whether the next one can be had without waiting."""
-        if self._coming is None:
-            self._coming = asyncio.run_coroutine_threadsafe(self._pull(), self._loop)
-        return self._coming.done()
-
-    def __iter__(self) -> _Pulled:
-        return self
-
-    def __next__(self) -> Any:
-        while not self.ready:
-            assert self._coming is not None
-            concurrent.futures.wait([self._coming], 0.1)
-            if self._stopping.is_set():
-                self._coming.cancel()
-                raise StopIteration
-        assert self._coming is not None
-        item = self._coming.result()
-        self._coming = None
-        if item is self._end:
-            raise StopIteration
-        return item
 
 
 def _within(name: str, value: object, low: int, high: int) -> int:

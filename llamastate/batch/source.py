@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import stat
@@ -65,7 +66,8 @@ class Source:
             with self._open() as file:
                 yield from _read(file, self.path)
         elif self._given in ("-", b"-"):
-            yield from _read(sys.stdin.buffer, "-")
+            with _stdin() as file:
+                yield from _read(file, "-")
         elif hasattr(self._given, "readline"):
             yield from _read(self._given, "the input")
         else:
@@ -77,6 +79,18 @@ class Source:
             return open(str(self.path), "rb")
         except OSError as error:
             raise _unreadable(str(self.path), error) from None
+
+
+@contextlib.contextmanager
+def _stdin() -> Iterator[BinaryIO]:
+    """Standard input, with a buffer of its own: a process cannot end while a thread waits in that of ``sys.stdin``."""
+    try:
+        number = os.dup(sys.stdin.fileno())
+    except (OSError, ValueError, AttributeError):  # something else in its place
+        yield sys.stdin.buffer
+        return
+    with open(number, "rb") as file:
+        yield file
 
 
 def _read(file: BinaryIO, path: str) -> Iterator[bytes]:

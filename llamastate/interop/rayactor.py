@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from llamastate.arrays import Int32Array, TokensLike, as_tokens
-from llamastate.batch import BatchRunner
+from llamastate.batch import BatchRunner, Inline
 from llamastate.context import Context
 from llamastate.errors import InvalidArgumentError, LlamaStateError
 from llamastate.interop import rayrows
@@ -78,7 +78,7 @@ class Worker:
         if self._failure is not None:
             raise of_user_code(self._failure)
         answers: list[dict[str, Any]] = [{}] * table.num_rows
-        for result in self._runner.run(self._reader.read(table, answers)):
+        for result in self._runner.run(Inline(self._reader.read(table, answers))):
             if result.error is not None and not self._config.should_continue_on_error:
                 raise of_user_code(result.error)
             index, facts = rayrows.answer(result)
