@@ -114,6 +114,7 @@ class Job(Holder):
         "admitted",
         "ahead",
         "fork_at",
+        "gave_way",
         "key",
         "left_before",
         "limit",
@@ -155,6 +156,8 @@ class Job(Holder):
         #: Who waited before it, and how many had left the queue then.
         self.ahead = 0
         self.left_before = 0
+        #: It was admitted and had to leave again before anything of it was computed.
+        self.gave_way = False
         self.source: Source | None = None
         self.fork_at = 0
         #: Lengths at which it has to stand for others to fork it.

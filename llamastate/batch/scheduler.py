@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import heapq
 from bisect import bisect_right, insort
-from collections import Counter
 from collections.abc import Callable, Iterator
 
 from llamastate.arrays import Int32Array
@@ -31,6 +30,8 @@ from llamastate.batch.jobs import (
     Unpark,
 )
 from llamastate.batch.radix import Colour, RadixTree
+from llamastate.batch.rows import fixed_rows, mixed_rows
+from llamastate.batch.waiting import WaitingLine
 from llamastate.sessioncore import common_prefix
 
 __all__ = ["Scheduler"]
@@ -49,14 +50,17 @@ class Scheduler:
     -----
     *Fairness.* Requests that begin like one that runs go before older ones, and so do those of higher priority. Whoever
     has been overtaken by ``patience`` later ones is the next, and if there is no room for it yet, all wait until there
-    is. So a request is admitted at the latest after those that came before it and ``patience`` others.
+    is. So a request is admitted at the latest after those that came before it and ``patience`` others. One that has to
+    give its place back before anything of it was computed, as there was no room after all, stands where it stood: those
+    that were admitted in the meantime, fewer than there are slots, have overtaken it too, and nobody else will.
+    What is parked goes before all that wait.
     """
 
     def __init__(self, rules: Rules, lookup: Callable[[Job], int] | None = None) -> None:
         self.rules = rules
         self.cells = Cells(rules.n_cells)
         self.tree = RadixTree()
-        self.waiting: dict[int, Job] = {}
+        self.waiting = WaitingLine()
         #: Those that have a sequence, by key, in the order of their admission.
         self.running: dict[int, Job] = {}
         #: The oldest first.
@@ -70,9 +74,7 @@ class Scheduler:
         self.lookup = lookup
         self._free_slots = list(range(rules.n_slots))
         self._free_spare = list(range(rules.n_slots, rules.n_slots + rules.n_spare))
-        self._priorities: Counter[int] = Counter()
         self._n_keys = 0
-        self._n_left = 0
         self._n_admitted = 0
         self._tick = 0
 
@@ -85,10 +87,7 @@ class Scheduler:
     def add(self, job: Job) -> None:
         """Let a job wait."""
         job.key = self._new_key()
-        job.ahead = len(self.waiting)
-        job.left_before = self._n_left
-        self.waiting[job.key] = job
-        self._priorities[job.priority] += 1
+        self.waiting.add(job)
         if job.share:
             self.tree.insert(job.key, job.tokens, Colour.WAITING)
 
@@ -113,7 +112,7 @@ class Scheduler:
         """A job is done, or given up, in whatever phase; what is to be done with its sequence."""
         phase, job.phase = job.phase, Phase.DONE
         if phase is Phase.WAITING:
-            self._leave_queue(job)
+            self.waiting.leave(job)
             self._leave_tree(job)
             return []
         if phase is Phase.PARKED:
@@ -136,13 +135,6 @@ class Scheduler:
     def _new_key(self) -> int:
         self._n_keys += 1
         return self._n_keys
-
-    def _leave_queue(self, job: Job) -> None:
-        del self.waiting[job.key]
-        self._n_left += 1
-        self._priorities[job.priority] -= 1
-        if not self._priorities[job.priority]:
-            del self._priorities[job.priority]
 
     def _leave_tree(self, job: Job) -> None:
         if job.share:
@@ -182,7 +174,7 @@ class Scheduler:
         if self.rules.grid is None:
             yield from self._mixed_rows()
         else:
-            self.rows = self._fixed_rows(self.rules.grid)
+            self.rows = fixed_rows(self.running.values(), self.rules.grid)
 
     def kept_at(self, seq: int) -> Int32Array:
         """The tokens that a spare sequence keeps."""
@@ -198,6 +190,8 @@ class Scheduler:
     def _admit(self) -> Iterator[Action]:
         if not (self._free_slots and self.waiting) or self.parked:
             return
+        if any(job.gave_way and not job.held for job in self.running.values()):
+            return  # it had to give its place back, and is not to again because of others
         promised = sum(self._promised(job) for job in self.running.values())
         while self._free_slots and self.waiting:
             job = self._choose()
@@ -225,13 +219,12 @@ class Scheduler:
 
     def _choose(self) -> Job:
         """The next one to admit."""
-        head = next(iter(self.waiting.values()))
-        overtaken = self._n_left - head.left_before - head.ahead
-        if overtaken >= self.rules.patience:
+        head = self.waiting.first
+        if self.waiting.overtaken >= self.rules.patience:
             return head
-        if len(self._priorities) > 1:
-            top = max(self._priorities)
-            among = [job for job in self.waiting.values() if job.priority == top]
+        if len(priorities := self.waiting.priorities) > 1:
+            top = max(priorities)
+            among = [job for job in self.waiting if job.priority == top]
             return max(among, key=lambda job: (self.tree.match(job.tokens, Colour.RESIDENT), -job.key))
         n, keys = self.tree.best_common()
         if n < self.rules.min_share:
@@ -239,7 +232,7 @@ class Scheduler:
         return self.waiting[min(keys)]  # type: ignore[type-var, index]  # all keys are ints
 
     def _place(self, job: Job, source: Source | None, n: int) -> None:
-        self._leave_queue(job)
+        self.waiting.leave(job)
         if job.share:
             self.tree.recolour(job.key, Colour.RESIDENT)
         job.seq = heapq.heappop(self._free_slots)
@@ -456,11 +449,8 @@ class Scheduler:
             job.phase = Phase.WAITING
             job.source = None
             job.stops = []
-            job.ahead = 0
-            self._n_left -= 1
-            job.left_before = self._n_left
-            self._priorities[job.priority] += 1
-            self.waiting = {job.key: job, **self.waiting}
+            job.gave_way = True
+            self.waiting.put_back(job)
             if job.share:
                 self.tree.insert(job.key, job.tokens, Colour.WAITING)
             return
@@ -505,22 +495,4 @@ class Scheduler:
                 yield from self._evict(wanted - room, anyone=True)
                 room = self.cells.free
             break
-        left = min(self.rules.budget, room) - len(steps)
-        rows = [Row(job, job.held, job.held + 1) for job in steps]
-        for job in prompts:
-            end = min(job.n_prompt, job.held + left)
-            for stop in job.stops:
-                if stop > job.held:
-                    end = min(end, stop)
-                    break
-            if end > job.held:
-                rows.append(Row(job, job.held, end))
-                left -= end - job.held
-        self.rows = rows
-
-    def _fixed_rows(self, grid: int) -> list[Row]:
-        """One chunk of one prompt, or a token of each: never both."""
-        for job in self.running.values():
-            if job.phase is Phase.PROMPT:
-                return [Row(job, job.held, min(job.n_prompt, job.held - job.held % grid + grid))]
-        return [Row(job, job.held, job.held + 1) for job in self.running.values() if job.phase is Phase.GENERATE]
+        self.rows = mixed_rows(steps, prompts, min(self.rules.budget, room))
