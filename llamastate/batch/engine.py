@@ -137,7 +137,8 @@ class Engine:
 
     def abandon(self) -> list[Ticket]:
         """Give up everything that is not done; what that was, in the order in which it came."""
-        left = [ticket for ticket, _ in self._results] + list(self.tickets.values())
+        # whoever was interrupted between the two may be in both
+        left = list({id(t): t for t in [*(t for t, _ in self._results), *self.tickets.values()]}.values())
         self._results = []
         for ticket in list(self.tickets.values()):
             if self._broken:
@@ -476,19 +477,20 @@ class Engine:
         self._let_go(task)
         self.counts.generated_tokens += len(task.chosen)
         if task.ticket.put(task, reason):
-            ticket = self.tickets.pop(id(task.ticket))
+            ticket = task.ticket
+            self._results.append((ticket, ticket.result()))
+            del self.tickets[id(ticket)]
             self.counts.done += 1
             self.counts.prompt_tokens += len(ticket.tokens)
             self.counts.cached_tokens += ticket.n_cached
-            self._results.append((ticket, ticket.result()))
 
     def _fail(self, ticket: Ticket, error: LlamaStateError) -> None:
         if id(ticket) not in self.tickets:
             return
-        self._clear(ticket)
-        self.counts.failed += 1
         error.__traceback__ = None  # its frames hold views of logits
         self._results.append((ticket, ticket.result(error=error)))
+        self._clear(ticket)
+        self.counts.failed += 1
 
     def _clear(self, ticket: Ticket) -> None:
         del self.tickets[id(ticket)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 from typing import IO, TYPE_CHECKING, Any
@@ -71,7 +72,8 @@ class Parking:
         if isinstance(task.state, np.ndarray):
             self.used -= task.state.nbytes
         elif task.state is not None:
-            task.state.close()
+            with contextlib.suppress(OSError):
+                task.state.close()
         task.state = None
 
     def _restored(self, ctx: Context, task: Task) -> bool:
