@@ -5,7 +5,8 @@ from llamastate.batch.pipeline import BatchSummary, run_batch
 from llamastate.batch.progress import Progress, ProgressBar
 from llamastate.batch.reading import Inline
 from llamastate.batch.request import Embedding, Malformed, Output, Request, Result, Times, TokenLogprob
-from llamastate.batch.runner import BatchRunner, BatchStats
+from llamastate.batch.runner import BatchRunner
+from llamastate.batch.stats import BatchStats
 from llamastate.batch.tables import run_rows, run_table
 
 __all__ = [

@@ -42,11 +42,10 @@ class Inline:
     """
 
     def __init__(self, requests: Iterable[Any]) -> None:
-        self._requests: Iterable[Any] | None = requests
+        self._requests = requests
 
     def __iter__(self) -> Iterator[Any]:
-        requests, self._requests = self._requests or (), None
-        return iter(requests)
+        return iter(self._requests)
 
 
 class _Beside:

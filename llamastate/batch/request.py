@@ -35,14 +35,17 @@ class Request:
         The caller's name for it. It need not be unique; results are told apart by it and by ``meta`` alone.
     prompt : str, array-like of int, or sequence of mapping
         Text (tokenised with BOS where the model wants one, control tokens read as plain text), token ids as they are,
-        or chat messages, written by the model's own template up to where the assistant begins.
+        or chat messages, written by the model's own template up to where the assistant begins. Messages are the way to
+        chat: what :meth:`~llamastate.Model.apply_chat_template` has written is full of control tokens, and as mere text
+        it means nothing to the model. Give it with ``parse_special``, if it has to be text.
     kind : {"generate", "embed"}
         Go on with the prompt, or turn it into one vector.
     max_tokens : int
         At most so many tokens for each output; 0 only processes the prompt.
     sampling : SamplingParams
-        How to choose a token; greedy by default. Output ``i`` of ``n`` draws with ``seed + i``.
-    stop : tuple of str
+        How to choose a token; greedy by default, also with a ``seed`` or ``top_p``: chance begins with a
+        ``temperature`` above 0. Output ``i`` of ``n`` draws with ``seed + i``.
+    stop : tuple of str, or str
         An output ends before the first of these.
     n : int
         How many outputs, all from one prompt that is processed once.
@@ -60,6 +63,9 @@ class Request:
         More names for the chat template (``tools``, ``enable_thinking``, ...).
     meta : object
         Handed back untouched.
+    parse_special : bool
+        Control tokens in a text are what their names say, and nothing is put before it: it is read as messages are once
+        the template has written them. Not for text that others may have written.
     """
 
     id: str
@@ -67,7 +73,7 @@ class Request:
     kind: Literal["generate", "embed"] = "generate"
     max_tokens: int = 16
     sampling: SamplingParams = field(default_factory=SamplingParams)
-    stop: tuple[str, ...] = ()
+    stop: tuple[str, ...] | str = ()
     n: int = 1
     logprobs: int | None = None
     echo: bool = False
@@ -75,6 +81,7 @@ class Request:
     priority: int = 0
     template: Mapping[str, Any] = field(default_factory=dict)
     meta: Any = None
+    parse_special: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)

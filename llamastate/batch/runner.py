@@ -21,15 +21,20 @@ from llamastate.batch.reading import END, NOTHING, Pulled, Reader, iterator_of, 
 from llamastate.batch.request import Malformed, Request, Result, Times
 from llamastate.batch.stats import BatchStats
 from llamastate.context import Context
-from llamastate.errors import ClosedError, ContextBusyError, InvalidArgumentError, LlamaStateError
+from llamastate.errors import (
+    ClosedError,
+    ContextBusyError,
+    ContextCreateError,
+    InvalidArgumentError,
+    LlamaStateError,
+)
 from llamastate.lifetimes import Closing
-from llamastate.probe import available_memory
+from llamastate.model import Model
 
 if TYPE_CHECKING:
-    from llamastate.model import Model
     from llamastate.prefix import PrefixStore
 
-__all__ = ["BatchRunner", "BatchStats"]
+__all__ = ["BatchRunner"]
 
 #: Cells for each request that runs, if nobody says how many.
 CELLS_EACH = 512
@@ -40,12 +45,14 @@ class BatchRunner(Closing):
 
     Parameters
     ----------
-    model : Model
+    model : Model or path-like
+        Of a path the model is loaded here, with no more said of it, and closed with the runner.
     n_parallel : int
         Outputs generated at once, in [1, 200].
     n_ctx : int
-        Cells of the cache, for everything that is held at once; by default 512 for each output, or what one
-        prompt of the model's length takes if that is more, but never more than a quarter of the memory there is.
+        Cells of the cache, for everything that is held at once. By default 512 for each of ``n_parallel`` outputs, or
+        as many as the model was trained on (8,192 at most) if that is more: the same wherever it runs. With
+        ``fixed_shapes`` 1,024 for each sequence.
     store : PrefixStore, optional
         Where prompts' prefixes are looked up, and put. It stays open when the runner is closed.
     n_batch : int
@@ -79,12 +86,15 @@ class BatchRunner(Closing):
 
     Raises
     ------
-    ContextCreateError, InvalidArgumentError
+    ContextCreateError
+        There is no memory for so many cells, say.
+    ModelLoadError, InvalidArgumentError
 
     Notes
     -----
     *Order and fairness.* Requests that begin like something in the context go first, then by age; those of higher
-    priority before all others. A request is overtaken by ``patience`` later ones at most.
+    priority before all others. A request is overtaken by ``patience`` later ones at most, and by fewer than
+    ``n_parallel`` more if it was admitted and had to give way before anything of it was computed.
 
     *Memory.* A request is admitted when its prompt and ``reserve`` tokens more have room. If the cache runs full all
     the same, the request admitted last is parked: its state goes to memory, or to a file, and comes back as it was.
@@ -97,7 +107,8 @@ class BatchRunner(Closing):
     can.
 
     *Reproducible.* The plan depends on the requests and their order, not on time: the same requests give the same
-    batches, and so the same outputs, from run to run. In other company the batches have other shapes, and the last bits
+    batches, and so the same outputs, from run to run (unless they come so slowly that others are run in the meantime).
+    In other company the batches have other shapes, and the last bits
     of logits change with them. With ``fixed_shapes`` they do not: each sequence has its own part of the cache
     (``n_ctx / (n_parallel + n_spare + 1)`` cells), a chunk of a prompt ends at a multiple of 128 tokens and is decoded
     alone, and a step of generation is a batch of ``n_parallel`` rows, whoever is there; shared prefixes are copied, in
@@ -112,7 +123,7 @@ class BatchRunner(Closing):
 
     def __init__(
         self,
-        model: Model,
+        model: Model | str | os.PathLike[str],
         *,
         n_parallel: int = 32,
         n_ctx: int = 0,
@@ -138,24 +149,32 @@ class BatchRunner(Closing):
         self._window = _within("window", 4 * n_parallel if window is None else window, 1, 1 << 30)
         patience = self._window if patience is None else _within("patience", patience, 0, 1 << 30)
         n_ctx = _within("n_ctx", n_ctx, 0, (1 << 31) - 257)
-        longest = model.n_ctx_train or 1 << 30
-        if max_model_len is not None:
-            longest = _within("max_model_len", max_model_len, 1, 1 << 30)
+        longest = None if max_model_len is None else _within("max_model_len", max_model_len, 1, 1 << 30)
+        reserve = _within("reserve", reserve, 1, 1 << 30)
+        self._parking = Parking(_within("preempt_bytes", preempt_bytes, 0, 1 << 62), spill_folder)
+        self._loaded: Model | None = None
+        if isinstance(model, (str, os.PathLike)):
+            model = self._loaded = Model(model)
+        elif not isinstance(model, Model):
+            what = type(model).__name__
+            raise InvalidArgumentError(f"model is {what}: a Model, or the path of one", name="model", value=model)
         self.model = model
         n_seq = n_parallel + n_spare + 1
         params: dict[str, Any] = {"type_k": type_k, "type_v": type_v, "flash_attn": flash_attn, "n_threads": n_threads}
-        self.ctx = Context(
-            model,
-            n_ctx=n_ctx or _default_cells(model, 2 * n_seq if fixed_shapes else n_parallel),
-            n_seq_max=n_seq,
-            n_batch=n_batch,
-            n_ubatch=n_ubatch or n_batch,
-            kv_unified=not fixed_shapes,
-            **params,
-        )
+        params.update(n_seq_max=n_seq, n_batch=n_batch, n_ubatch=n_ubatch or n_batch, kv_unified=not fixed_shapes)
+        default = _default_cells(model, 2 * n_seq if fixed_shapes else n_parallel)
+        try:
+            self.ctx = Context(model, n_ctx=n_ctx or default, **params)
+        except BaseException as error:
+            if self._loaded is not None:
+                self._loaded.close()
+            if isinstance(error, ContextCreateError) and error.reason == "memory" and not n_ctx:
+                message = f"{error.message}; n_ctx is {default} if it is not given"
+                raise ContextCreateError(message, params=error.params, reason=error.reason) from None
+            raise
         kind = model.memory_kind
         bounded = kind != "recurrent"
-        most = min(self.ctx.n_ctx_seq if bounded else 1 << 30, longest)
+        most = min(self.ctx.n_ctx_seq if bounded else 1 << 30, longest or model.n_ctx_train or 1 << 30)
         rules = Rules(
             n_slots=n_parallel,
             n_spare=n_spare,
@@ -164,14 +183,14 @@ class BatchRunner(Closing):
             budget=self.ctx.n_batch,  # llama.cpp takes no more than there are cells
             fork_anywhere=kind == "attention",
             min_share=8 if kind == "attention" else 32,
-            reserve=_within("reserve", reserve, 1, 1 << 30),
+            reserve=reserve,
             patience=patience,
             grid=min(128, self.ctx.n_batch) if fixed_shapes else None,
         )
-        self._parking = Parking(_within("preempt_bytes", preempt_bytes, 0, 1 << 62), spill_folder)
         self._engine = Engine(self.ctx, rules, self._parking, store)
         self._turn = threading.Lock()
-        self._stopping = threading.Event()
+        #: A plain word: a signal handler may set it at any moment, and a lock could be held then.
+        self._stopping = False
         self._unfinished: list[Request] = []
         #: The iterator of the run under way, what it reads, and the thread that was in it last.
         self._active: Callable[[], Any] = lambda: None
@@ -232,7 +251,7 @@ class BatchRunner(Closing):
         unfinished: list[Request] = []
         try:
             self._active, self._reader, self._thread = itself[0], reader, threading.get_ident()
-            self._stopping.clear()
+            self._stopping = False
             self._unfinished = unfinished
             if self._closed:
                 raise ClosedError("the runner is closed", what="runner")
@@ -247,10 +266,10 @@ class BatchRunner(Closing):
             self._turn.release()
 
     def _run(self, reader: Reader, ready: deque[tuple[Request | Malformed, Result]]) -> Iterator[Result]:
-        engine, stopping = self._engine, self._stopping
+        engine = self._engine
         reading, failure = True, None
         while True:
-            while reading and not stopping.is_set() and engine.n_waiting < self._window:
+            while reading and not self._stopping and engine.n_waiting < self._window:
                 try:
                     item = reader.read(busy=not engine.idle)
                 except Exception as error:
@@ -267,13 +286,13 @@ class BatchRunner(Closing):
                 engine.counts.prepare_seconds += time.perf_counter() - started
                 if ready:
                     break
-            if not ready and not engine.idle and not stopping.is_set():
+            if not ready and not engine.idle and not self._stopping:
                 ready.extend((ticket.request, result) for ticket, result in engine.step())
             while ready:
                 self._handed, result = ready.popleft()
                 yield result
                 self._thread = threading.get_ident()
-            if stopping.is_set() or (not reading and engine.idle):
+            if self._stopping or (not reading and engine.idle):
                 break
         if failure is not None:
             raise failure
@@ -285,7 +304,8 @@ class BatchRunner(Closing):
             return
         try:
             if not isinstance(item, Request):
-                raise InvalidArgumentError(f"a request is {type(item).__name__}", name="requests", value=item)
+                what = f"a request is {type(item).__name__}, no Request(id, prompt)"
+                raise InvalidArgumentError(what, name="requests", value=item)
             self._engine.submit(item, since)
         except (LlamaStateError, TypeError, ValueError, AttributeError) as error:
             self._engine.counts.failed += 1
@@ -336,7 +356,7 @@ class BatchRunner(Closing):
 
         From any thread, or a signal handler.
         """
-        self._stopping.set()
+        self._stopping = True
 
     @property
     def unfinished(self) -> tuple[Request, ...]:
@@ -386,7 +406,7 @@ class BatchRunner(Closing):
         not: the context is freed when that run ends.
         """
         self._closed = True
-        self._stopping.set()
+        self._stopping = True
         wait = 0.0
         while not self._turn.acquire(timeout=wait):
             results, reader = self._active(), self._reader
@@ -404,6 +424,8 @@ class BatchRunner(Closing):
 
     def _free(self) -> None:
         self._engine.close()
+        if self._loaded is not None:
+            self._loaded.close()
 
     def __repr__(self) -> str:
         return f"<llamastate.batch.BatchRunner {'closed' if self._closed else f'of {self._engine.rules.n_slots}'}>"
@@ -417,10 +439,5 @@ def _within(name: str, value: object, low: int, high: int) -> int:
 
 
 def _default_cells(model: Model, n_parallel: int) -> int:
-    cells = max(n_parallel * CELLS_EACH, min(model.n_ctx_train, 8192))
-    available = available_memory()
-    # as in check_memory: more than any usual cache takes of f16
-    each = 4 * model.n_layer * model.n_embd
-    while available is not None and cells > 2 * CELLS_EACH and cells * each > available // 4:
-        cells //= 2
-    return cells
+    # of nothing that changes from day to day: it decides how long an output can be
+    return max(n_parallel * CELLS_EACH, min(model.n_ctx_train, 8192))

@@ -14,7 +14,7 @@ from llamastate._native import consts
 from llamastate.arrays import Int32Array, as_index, as_tokens
 from llamastate.batch.jobs import Job
 from llamastate.batch.request import FinishReason, Output, Request, Result, Times, TokenLogprob
-from llamastate.errors import InvalidArgumentError, LlamaStateError
+from llamastate.errors import InvalidArgumentError, LlamaStateError, TokenizeError
 from llamastate.sampler import Sampler, SamplingParams
 from llamastate.textstream import TextStream
 from llamastate.words import brief
@@ -169,7 +169,8 @@ class Task(Job):
         self.index = index
         #: Made when the task begins; None for plain greedy sampling.
         self.sampler: Sampler | None = None
-        self.stream: TextStream | None = TextStream(request.stop) if request.stop else TextStream()
+        stop: Any = request.stop
+        self.stream: TextStream | None = TextStream((stop,) if isinstance(stop, str) else stop)
         self.text: list[str] = []
         self.chosen: list[int] = []
         self.logprobs: list[TokenLogprob] | None = None if request.logprobs is None else []
@@ -231,15 +232,40 @@ def prompt_tokens(request: Request, model: Model) -> Int32Array:
     """The tokens of a prompt of any kind."""
     prompt: Any = request.prompt
     if isinstance(prompt, (str, bytes)):
-        tokens = model.tokenize(prompt) if prompt else np.empty(0, np.int32)
+        special = bool(request.parse_special)
+        tokens = np.empty(0, np.int32)
+        if prompt:
+            tokens = model.tokenize(prompt, add_special=not special, parse_special=special)
     elif isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], Mapping):
         text = model.apply_chat_template(prompt, **request.template)
         tokens = model.tokenize(text, add_special=False, parse_special=True)
     else:
-        tokens = as_tokens(prompt, model.n_vocab)
+        try:
+            tokens = as_tokens(prompt, model.n_vocab)
+        except TokenizeError:
+            if (what := _no_prompt(prompt)) is None:
+                raise
+            raise InvalidArgumentError(
+                f"prompt is {what}: text, token ids, or a list of chat messages",
+                name="prompt",
+                value=prompt,
+                limit="text, token ids, or a list of chat messages",
+            ) from None
     if not len(tokens):
         raise InvalidArgumentError("the prompt is empty", name="prompt", value=prompt, limit="at least one token")
     return tokens
+
+
+def _no_prompt(prompt: Any) -> str | None:
+    """What something is that is no kind of prompt; None for token ids that are wrong."""
+    if isinstance(prompt, Mapping):
+        return "one mapping"
+    if isinstance(prompt, np.ndarray):
+        return None if np.issubdtype(prompt.dtype, np.integer) else f"an array of {prompt.dtype}"
+    if not isinstance(prompt, Sequence):
+        return None if hasattr(prompt, "__array__") else type(prompt).__name__
+    other = {type(item).__name__ for item in prompt if not hasattr(item, "__index__")}
+    return f"a {type(prompt).__name__} of {' and '.join(sorted(other))}" if other else None
 
 
 def _check(request: Request, model: Model) -> None:
@@ -258,8 +284,8 @@ def _check(request: Request, model: Model) -> None:
     if not isinstance(given, SamplingParams):
         raise _bad("sampling", given, "SamplingParams")
     stop: Any = request.stop
-    if isinstance(stop, str) or not isinstance(stop, Sequence):
-        raise _bad("stop", stop, "a tuple of str")
+    if not isinstance(stop, Sequence) or isinstance(stop, bytes):
+        raise _bad("stop", stop, "a str or a tuple of str")
     if not isinstance(request.template, Mapping):
         raise _bad("template", request.template, "a mapping")
     if request.kind == "generate" and model.memory_kind == "none":

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import gc
-import json
-import threading
-import warnings
 
 import numpy as np
 import psutil
@@ -15,11 +11,8 @@ import pytest
 from llamastate import SamplingParams
 from llamastate.batch import BatchRunner, Malformed, Request
 from llamastate.errors import (
-    ClosedError,
-    ContextBusyError,
     DecodeError,
     InvalidArgumentError,
-    LlamaStateError,
     NotEnoughCellsError,
     SamplerError,
     TemplateError,
@@ -69,6 +62,18 @@ def test_messages(chat):
     assert result.prompt_tokens.tolist() == chat.tokenize(text, add_special=False, parse_special=True).tolist()
 
 
+def test_what_a_template_has_written(chat):
+    """As text it is text; with ``parse_special`` it is what the messages are."""
+    messages = [{"role": "user", "content": "when was it"}]
+    text = chat.apply_chat_template(messages)
+    told, special, plain = (
+        one(Request("a", prompt, max_tokens=1, parse_special=special)).prompt_tokens.tolist()
+        for prompt, special in ((messages, False), (text, True), (text, False))
+    )
+    assert special == told
+    assert len(plain) > len(told)
+
+
 def test_echo(chat):
     prompt = "that is the"
     result = one(Request("a", prompt, max_tokens=3, echo=True, logprobs=1))
@@ -88,6 +93,7 @@ def test_stop(chat):
     assert output.text == free.text[: free.text.index(stop)]
     assert output.tokens.tolist() == free.tokens[: len(output.tokens)].tolist()
     assert len(output.tokens) < 20
+    assert one(Request("a", "the", max_tokens=20, stop=stop)).outputs[0].text == output.text
 
 
 def test_the_model_ends(chat):
@@ -159,7 +165,7 @@ BAD = {
     "no messages": (Request("", ()), InvalidArgumentError),
     "no such token": (Request("", [1, 2, 10**6]), TokenizeError),
     "lone surrogate": (Request("", "\ud800"), TokenizeError),
-    "not a prompt": (Request("", 3.5), LlamaStateError),
+    "not a prompt": (Request("", 3.5), InvalidArgumentError),
     "message without role": (Request("", [{"content": object()}]), TemplateError),
     "grammar": (Request("", "the", sampling=SamplingParams(grammar="root ::= (")), SamplerError),
     "bias": (Request("", "the", sampling=SamplingParams(logit_bias={10**6: 1.0})), SamplerError),
@@ -172,7 +178,8 @@ BAD = {
     "n": (Request("", "the", n=0), InvalidArgumentError),
     "logprobs": (Request("", "the", logprobs=10**6), InvalidArgumentError),
     "stop": (Request("", "the", stop=("",)), InvalidArgumentError),
-    "stop of a bad type": (Request("", "the", stop="the"), InvalidArgumentError),
+    "stop of a bad type": (Request("", "the", stop=7), InvalidArgumentError),
+    "stops of a bad type": (Request("", "the", stop=(7,)), InvalidArgumentError),
     "sampling": (Request("", "the", sampling={"temperature": 1}), InvalidArgumentError),
     "kind": (Request("", "the", kind="rank"), InvalidArgumentError),
     "embedding too long": (Request("", tokens(5000), kind="embed"), InvalidArgumentError),
@@ -211,6 +218,31 @@ def test_and_nobody_elses(faulty):
     assert len(sound) == len(BAD)
     assert all(r.ok and len(r.outputs[0].tokens) == 5 for r in sound)
     assert (stats.done, stats.failed) == (len(BAD), len(BAD))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "what"),
+    [
+        (None, "NoneType"),
+        (5, "int"),
+        ({"role": "user", "content": "the"}, "one mapping"),
+        (["a"], "a list of str"),
+        ([1, 2.5, None], "a list of NoneType and float"),
+        (np.zeros(3), "an array of float64"),
+        (object(), "object"),
+    ],
+)
+def test_what_is_no_prompt_is_told_what_is_one(prompt, what):
+    error = one(Request("", prompt)).error
+    assert isinstance(error, InvalidArgumentError)
+    assert str(error) == f"prompt is {what}: text, token ids, or a list of chat messages"
+    assert error.name == "prompt"
+
+
+def test_text_in_the_place_of_requests():
+    with runner() as r:
+        (result,) = r.run(["the"])
+    assert "Request(id, prompt)" in str(result.error)
 
 
 def test_reading_fails():
@@ -354,187 +386,3 @@ def test_little_memory_and_many_requests():
         assert ahead <= 4 * 64 + 2 * 64 + 1  # the window, what runs, and what is done but not handed over
         assert sizes[-1] - sizes[2] < 8 << 20
         assert r.stats.kv_usage <= 1
-
-
-# --- stopping, closing, threads ---------------------------------------------------------------------------------------
-
-
-def endless():
-    i = 0
-    while True:
-        yield Request(str(i), tokens(12, i), max_tokens=20)
-        i += 1
-
-
-def test_stop_in_the_middle():
-    with runner("dense") as r:
-        done = []
-        for result in r.run(endless()):
-            done.append(result.id)
-            if len(done) == 10:
-                r.stop()
-        left = [q.id for q in r.unfinished]
-        assert left
-        assert not set(left) & set(done)
-        n = len(left) + len(done)
-        assert sorted(map(int, [*left, *done])) == list(range(n))  # nothing lost, nothing twice
-        again = {result.id for result in r.run(r.unfinished)}
-        assert again == set(left)
-        assert r.unfinished == ()
-
-
-def test_stop_from_a_thread():
-    with runner("dense") as r:
-        timer = threading.Timer(0.2, r.stop)
-        timer.start()
-        n = sum(1 for _ in r.run(endless()))
-        timer.join()
-        assert n > 0
-
-
-def test_given_up():
-    with runner("dense") as r:
-        results = r.run(Request(str(i), tokens(12, i), max_tokens=3) for i in range(12))
-        first = next(results).id
-        results.close()
-        left = {q.id for q in r.unfinished}
-        assert left
-        assert left <= {str(i) for i in range(12)}
-        assert first not in left
-        assert r.stats.running == r.stats.waiting == 0
-        assert len(list(r.run([Request("x", tokens(5), max_tokens=2)]))) == 1
-
-
-def test_one_run_at_a_time():
-    with runner("dense") as r:
-        first = r.run(endless())
-        next(first)
-        with pytest.raises(ContextBusyError):
-            next(r.run([]))
-        first.close()
-        assert list(r.run([])) == []
-
-
-def test_closed():
-    r = runner("dense")
-    r.close()
-    r.close()
-    assert r.closed
-    with pytest.raises(ClosedError):
-        next(r.run([Request("a", [1])]))
-
-
-def test_closed_in_the_middle():
-    """With an iterator that nobody has given up: it ends, nothing hangs."""
-    with runner("dense") as r:
-        results = r.run(endless())
-        next(results)
-    assert r.closed
-    assert list(results) == []
-
-
-@pytest.mark.parametrize(
-    "params",
-    [
-        {"n_parallel": 0},
-        {"n_parallel": 1000},
-        {"n_parallel": 1.5},
-        {"n_spare": -1},
-        {"n_ctx": -1},
-        {"window": 0},
-        {"patience": -1},
-        {"reserve": 0},
-        {"preempt_bytes": -1},
-        {"n_batch": 0},
-    ],
-)
-def test_bad_parameters(params):
-    with pytest.raises(InvalidArgumentError):
-        runner("dense", **params)
-
-
-def test_two_threads_two_runners():
-    found = {}
-
-    def work(name):
-        with runner("dense") as r:
-            found[name] = [x.outputs[0].tokens.tolist() for x in r.run([Request("a", tokens(30), max_tokens=9)])]
-
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert found[0] == found[1]
-
-
-def test_asyncio():
-    async def requests():
-        for i in range(9):
-            await asyncio.sleep(0)
-            yield Request(str(i), tokens(10, i), max_tokens=3)
-
-    async def main():
-        with runner("dense") as r:
-            from_async = [x.id async for x in r.arun(requests())]
-            from_list = [x.id async for x in r.arun([Request("a", [1, 2])])]
-            ticks = 0
-
-            async def tick():
-                nonlocal ticks
-                while True:
-                    ticks += 1
-                    await asyncio.sleep(0)
-
-            ticker = asyncio.create_task(tick())
-
-            async def consume():
-                async for _ in r.arun(endless()):
-                    pass
-
-            task = asyncio.create_task(consume())
-            await asyncio.sleep(0.2)
-            task.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await task
-            ticker.cancel()
-            assert ticks > 10
-            assert r.unfinished
-
-            async def never():
-                yield Request("a", [1, 2], max_tokens=2)
-                await asyncio.sleep(3600)
-
-            results = r.arun(never())
-            assert (await anext(results)).id == "a"  # not put off until there are more
-            with pytest.raises(asyncio.TimeoutError):  # whoever waits for requests can be cancelled too
-                await asyncio.wait_for(anext(results), 0.5)
-            return from_async, from_list
-
-    from_async, from_list = asyncio.run(main())
-    assert sorted(from_async) == [str(i) for i in range(9)]
-    assert from_list == ["a"]
-
-
-def test_figures():
-    with runner("dense") as r:
-        shared = tokens(100)
-        requests = [Request(str(i), [*shared.tolist(), i], max_tokens=3) for i in range(8)]
-        results = list(r.run(requests))
-        s = r.stats
-    assert (s.done, s.failed, s.running, s.waiting, s.parked) == (8, 0, 0, 0, 0)
-    assert s.prompt_tokens == 8 * 101
-    assert s.cached_tokens == 7 * 100 == sum(x.n_cached for x in results)
-    assert s.generated_tokens == 24
-    assert s.decoded_tokens == 100 + 8 + 8 * 2
-    assert s.forks == 7
-    assert s.hit_rate == s.cached_tokens / s.prompt_tokens
-    assert json.dumps(s.decodes)
-    assert min(s.decode_seconds, s.sample_seconds, s.schedule_seconds, s.prepare_seconds) > 0
-
-
-def test_nothing_is_warned_of():
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        one(Request("a", tokens(5), max_tokens=2), m="dense")
-        gc.collect()
