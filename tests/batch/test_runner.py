@@ -273,7 +273,7 @@ def test_a_decode_that_fails(monkeypatch):
             return real(*columns)
 
         monkeypatch.setattr(r.ctx, "_decode", decode)
-        results = list(r.run(Request(str(i), tokens(10, i), max_tokens=4) for i in range(12)))
+        results = list(r.run([Request(str(i), tokens(10, i), max_tokens=4) for i in range(12)]))
         assert len(results) == 12
         assert {type(x.error) for x in results if x.error} == {DecodeError}
         assert sum(x.ok for x in results) == 8
