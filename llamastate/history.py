@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import count
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -72,8 +72,7 @@ class Checkpoint:
         self.kind, self.state, self.logits, self.sound = "mark", None, None, None
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(NamedTuple):
     """How to make a sequence hold the first ``n_tokens`` tokens.
 
     Attributes

@@ -508,7 +508,9 @@ class _Turn:
             if self._handle is not None:
                 self._handle.__exit__(None, None, None)
         finally:
-            self._session._leave()
+            session = self._session
+            session._witness.leave()
+            session._lock.release()
 
 
 def check_context(ctx: object) -> None:
