@@ -38,13 +38,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Those of the process if not given.
     """
     options = _parser().parse_args(arguments)
-    for stream in (sys.stdout, sys.stderr):
+    for stream in (sys.stdout, sys.stderr):  # either may be closed
         reconfigure = getattr(stream, "reconfigure", None)
         if reconfigure is not None:  # names of files can be anything, terminals cannot show everything
             reconfigure(errors="backslashreplace")
     try:
         status: int = options.run(options)
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except BrokenPipeError:
         # Whoever read this has seen enough. At its end Python would flush again, and complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -59,9 +60,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return status
 
 
+class _Parser(argparse.ArgumentParser):
+    """One that tells its own usage, not that of the parser above it, of a flag that it does not know."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        found, rest = super().parse_known_args(args, namespace)
+        if rest:
+            self.error(f"unrecognized arguments: {' '.join(rest)}")
+        return found, rest
+
+
 def _parser() -> argparse.ArgumentParser:
     form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="llamastate",
         description="Look into saved states of llama.cpp models, and run batches. Only run-batch loads a model.",
         epilog=_EPILOG,

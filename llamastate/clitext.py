@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Sequence
 
-__all__ = ["age", "count", "print_table", "size"]
+__all__ = ["age", "bytes_of", "count", "print_table", "size"]
+
+_UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kMGT]|[KMGT]i)?B?")
 
 
 def size(n: float) -> str:
@@ -41,3 +45,11 @@ def count(text: str) -> int:
     if number < 0:
         raise argparse.ArgumentTypeError(f"{number} is negative")
     return number
+
+
+def bytes_of(text: str) -> int:
+    """For argparse: a size such as ``20GB``."""
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; such are 500MB, 1.5GB, 20GiB")
+    return int(float(match[1]) * _UNITS[match[2] or ""])

@@ -7,22 +7,18 @@ import dataclasses
 import errno
 import json
 import os
-import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
-from llamastate.clitext import age, count, print_table, size
+from llamastate.clitext import age, bytes_of, count, print_table, size
 from llamastate.errors import FileAccessError, InvalidArgumentError
 from llamastate.prefix.disk import DiskTier
 from llamastate.prefix.index import Root, RootUse, Row
 
 __all__ = ["add_commands"]
-
-_UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kMGT]|[KMGT]i)?B?")
 
 
 def add_commands(commands: Any, epilog: str, form: type[argparse.HelpFormatter]) -> None:
@@ -51,14 +47,9 @@ def add_commands(commands: Any, epilog: str, form: type[argparse.HelpFormatter])
     verify = part("verify", _verify, "read every file and check every byte")
     verify.add_argument("--drop", action="store_true", help="remove what is damaged")
     gc = part("gc", _gc, "mend what crashes have left: files without a row, rows without a file, temporary files")
-    gc.add_argument("--to", type=_bytes, metavar="SIZE", help="then evict until so much is left at most (such as 20GB)")
-
-
-def _bytes(text: str) -> int:
-    match = _SIZE.fullmatch(text.strip())
-    if match is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size; such are 500MB, 1.5GB, 20GiB")
-    return int(float(match[1]) * _UNITS[match[2] or ""])
+    gc.add_argument(
+        "--to", type=bytes_of, metavar="SIZE", help="then evict until so much is left at most (such as 20GB)"
+    )
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import sqlite3
+import stat
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -20,14 +21,17 @@ from typing import Any, NamedTuple
 import msgspec
 
 from llamastate.batch.openai import Line
-from llamastate.errors import BatchChangedError, StoreFullError
+from llamastate.errors import BatchChangedError, CorruptStateError, StoreFullError
 from llamastate.words import brief
 
-__all__ = ["Index", "Journal", "Key", "Record", "name_of", "read_record", "run_digest"]
+__all__ = ["Index", "Journal", "Key", "Record", "is_beginning", "is_headed", "name_of", "read_record", "run_digest"]
 
 _PREFIX = "batch_req_"
+#: What every line of an output begins with.
+_HEAD = b'{"id":"' + _PREFIX.encode()
 #: Hexadecimal digits of each half of a key.
 _HALF = 16
+_EVENTS = ("start", "results", "stop")
 #: Kept in memory of the index, in KiB; the rest is in a file without a name.
 _CACHE = 8192
 
@@ -51,6 +55,8 @@ class Record(NamedTuple):
     custom_id: str | None
     key: Key
     failed: bool
+    #: Cut off, for there was no room for more.
+    full: bool = False
 
 
 class _Written(msgspec.Struct):
@@ -61,6 +67,8 @@ class _Written(msgspec.Struct):
 
 
 _written = msgspec.json.Decoder(_Written)
+#: How responses tell it. In text its quotes would be escaped, and a response has no field of the caller's.
+_NO_ROOM = b'"stop_reason":"full"'
 
 
 def run_digest(facts: Mapping[str, Any]) -> str:
@@ -97,7 +105,18 @@ def read_record(line: bytes) -> Record | None:
     if len(found.id) != len(_PREFIX) + 2 * _HALF or len(key) != 2 * _HALF or set(key) - set("0123456789abcdef"):
         return None
     body, run = key[:_HALF], key[_HALF:]
-    return Record(name_of(found.custom_id, body), found.custom_id, Key(body, run), bytes(found.error) != b"null")
+    failed, full = bytes(found.error) != b"null", _NO_ROOM in bytes(found.response)
+    return Record(name_of(found.custom_id, body), found.custom_id, Key(body, run), failed, full)
+
+
+def is_headed(line: bytes) -> bool:
+    """Whether it begins as lines of ours do, and has no end."""
+    return line.startswith(_HEAD) and not line.endswith(b"\n")
+
+
+def is_beginning(line: bytes) -> bool:
+    """Whether it can be what is left of a line of ours: without its end, or with the zeros of a loss of power."""
+    return b"\0" in line or (not line.endswith(b"\n") and (line.startswith(_HEAD) or _HEAD.startswith(line)))
 
 
 class Index:
@@ -157,12 +176,21 @@ class Journal:
         Of it.
     facts : mapping
         Of the run now.
+
+    Raises
+    ------
+    CorruptStateError
+        What is there is no journal, or nothing is left of it.
+    OSError
     """
 
     def __init__(self, path: str, facts: Mapping[str, Any]) -> None:
         self.path, self.facts = path, dict(facts)
         self.run = run_digest(facts)
-        self._lines = _read(path)
+        found = _read(path)
+        #: Whether there is a file at all.
+        self.exists = found is not None
+        self._lines = found or []
 
     @property
     def known(self) -> bool:
@@ -189,7 +217,7 @@ class Journal:
         """
         if found == self.run:
             return
-        then = next((line["run"] for line in self._lines if line.get("digest") == found), None)
+        then = next((line.get("run") for line in self._lines if line.get("digest") == found), None)
         fields = dict.fromkeys([*self.facts, *(then or ())])
         name = "run" if then is None else next(f for f in fields if then.get(f) != self.facts.get(f))
         was, now = ("", "") if then is None else (then.get(name), self.facts.get(name))
@@ -197,7 +225,8 @@ class Journal:
             "they were computed with other options" if then is None else f"{name} was {brief(was)}, now {brief(now)}"
         )
         raise BatchChangedError(
-            f"{path!r} holds results of another run: {words}; redo them (on_change), or write to another file",
+            f"{path!r} holds results of another run: {words}; "
+            "do them again (on_change='redo'), or write to another file",
             path=path, field=name, expected=was, found=now,
         )  # fmt: skip
 
@@ -208,7 +237,7 @@ class Journal:
         self.note(event="start", **more)
 
     def note(self, **facts: Any) -> None:
-        """Add a line.
+        """Add a line, and bring it to the disk.
 
         Raises
         ------
@@ -222,29 +251,49 @@ class Journal:
             if size and os.pread(fd, 1, size - 1) != b"\n":
                 data = b"\n" + data  # what somebody was killed in the middle of is a line of its own, and no JSON
             os.write(fd, data)
+            os.fsync(fd)  # it says whose the output is that may have lost its lines with the power
         finally:
             os.close(fd)
+        self.exists = True
         self._lines.append(line)
 
     def forget(self) -> None:
         """Begin anew."""
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self.path)
+        self.exists = False
         self._lines = []
 
 
-def _read(path: str) -> list[dict[str, Any]]:
+def _read(path: str) -> list[dict[str, Any]] | None:
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise _foreign(path, "it is no ordinary file")  # a pipe would be waited for
         with open(path, "rb") as file:
-            found = [_line(raw) for raw in file]
+            raws = [raw for raw in file if raw.strip(b"\0 \r\n")]
     except FileNotFoundError:
-        return []
-    return [line for line in found if line]
+        return None
+    found = [line for raw in raws if (line := _line(raw))]
+    torn = len(raws) == 1 and not raws[0].endswith(b"\n") and raws[0].startswith(b'{"time": '[: len(raws[0])])
+    if raws and not found and not torn:
+        raise _foreign(path, "no line of it is of a journal")
+    return found
 
 
-def _line(raw: bytes) -> dict[str, Any]:
+def _line(raw: bytes) -> dict[str, Any] | None:
+    """One that was written here; of those that are damaged nothing is made."""
     try:
         line = json.loads(raw)
-    except ValueError:
-        return {}
-    return line if isinstance(line, dict) else {}
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(line, dict):
+        return None
+    of_run = isinstance(line.get("digest"), str) and isinstance(line.get("run"), dict)
+    return line if of_run or line.get("event") in _EVENTS else None
+
+
+def _foreign(path: str, reason: str) -> CorruptStateError:
+    return CorruptStateError(
+        f"{path!r} is no journal, or is damaged ({reason}): move it away to go on; what is done is told by the output",
+        path=path, reason=reason, section="journal",
+    )  # fmt: skip

@@ -31,12 +31,13 @@ that was not computed. A prefix store has metrics of its own (:mod:`llamastate.p
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from llamastate.batch.request import Result
-from llamastate.errors import FileAccessError
+from llamastate.errors import FileAccessError, InvalidArgumentError
 
 if TYPE_CHECKING:
     from prometheus_client.core import Metric
@@ -67,6 +68,11 @@ _PARTS = ("decode", "sample", "schedule", "store", "prepare")
 _BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 500, 1000, 2500, float("inf"))
 
 
+#: Whose metrics a registry has.
+_registered: weakref.WeakKeyDictionary[Any, BatchMetrics] = weakref.WeakKeyDictionary()
+_turn = threading.RLock()
+
+
 class BatchMetrics:
     """Numbers of a runner for a registry of ``prometheus_client``.
 
@@ -81,12 +87,13 @@ class BatchMetrics:
     ------
     ImportError
         ``prometheus_client`` is not installed.
-    ValueError
-        The registry has such metrics already.
+    InvalidArgumentError
+        The registry has metrics of another runner that is not closed: :meth:`close` those, or give each a registry.
 
     Notes
     -----
-    Counters are read when they are asked for. Times are only known of results that :meth:`observe` is given.
+    Metrics of a runner that is closed or gone make room for the next one's. Counters are read when they are asked for.
+    Times are only known of results that :meth:`observe` is given.
 
     Examples
     --------
@@ -95,17 +102,39 @@ class BatchMetrics:
     """
 
     def __init__(self, runner: BatchRunner, registry: CollectorRegistry | None = None) -> None:
-        client = _client()
+        client = require_client()
         registry = client.REGISTRY if registry is None else registry
+        self._registry: Any = registry
         self._runner = weakref.ref(runner)
+        with _turn:
+            before = _registered.get(registry)
+            if before is not None:
+                old = before._runner()
+                if old is not None and not old.closed:
+                    raise InvalidArgumentError(
+                        "the registry has metrics of another runner: close those, or give each runner a registry",
+                        name="registry", value=registry,
+                    )  # fmt: skip
+                before.close()
+            self._register()
+            _registered[registry] = self
 
+    def _register(self) -> None:
         def histogram(name: str, text: str) -> Any:
-            return client.Histogram(_PREFIX + name, text, buckets=_BUCKETS, registry=registry)
+            return require_client().Histogram(_PREFIX + name, text, buckets=_BUCKETS, registry=self._registry)
 
         self._first = histogram("time_to_first_token_seconds", "From reading a request to its first token.")
         self._queued = histogram("request_queue_seconds", "From reading a request to its first decode.")
         self._total = histogram("request_seconds", "From reading a request to its result.")
-        registry.register(self)
+        self._registry.register(self)
+
+    def close(self) -> None:
+        """Take them out of the registry. Idempotent."""
+        with _turn:
+            if _registered.get(self._registry) is self:
+                del _registered[self._registry]
+                for metric in (self, self._first, self._queued, self._total):
+                    self._registry.unregister(metric)
 
     def observe(self, result: Result) -> None:
         """Count how long a result took."""
@@ -164,7 +193,7 @@ def serve(port: int, host: str = "127.0.0.1", registry: CollectorRegistry | None
     FileAccessError
         The port cannot be had.
     """
-    client = _client()
+    client = require_client()
     try:
         server, _ = client.start_http_server(port, host, client.REGISTRY if registry is None else registry)
     except (OSError, OverflowError) as error:
@@ -175,7 +204,8 @@ def serve(port: int, host: str = "127.0.0.1", registry: CollectorRegistry | None
     return server
 
 
-def _client() -> Any:
+def require_client() -> Any:
+    """prometheus_client; an ImportError that says what to install if there is none."""
     try:
         import prometheus_client
     except ImportError as error:

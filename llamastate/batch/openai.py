@@ -29,12 +29,12 @@ from llamastate.batch.bodies import (
     Sampled,
 )
 from llamastate.batch.request import Request
-from llamastate.batch.schema import json_grammar, schema_grammar
+from llamastate.batch.schema import UnsupportedSchemaError, json_grammar, schema_grammar
 from llamastate.errors import InvalidRequestError, LlamaStateError, SamplerError
 from llamastate.sampler import SamplingParams
 from llamastate.words import brief
 
-__all__ = ["URLS", "Defaults", "Line", "Query", "parse", "read_line"]
+__all__ = ["URLS", "Defaults", "Line", "Query", "internal", "parse", "read_line"]
 
 #: Longer lines are refused unread.
 MAX_LINE = 64 << 20
@@ -114,6 +114,8 @@ def read_line(raw: bytes, number: int) -> Line:
         if len(raw) > MAX_LINE:
             raise _invalid("line_too_long", f"{len(raw)} bytes, more than {MAX_LINE}")
         _check_unicode(raw)
+        if raw.startswith(b"["):
+            raise _invalid("invalid_json", "it is a JSON array; what is wanted is JSON Lines, one object on each line")
         custom_id = _name(raw)
         found = _decode(_envelope, raw)
         if custom_id is None:
@@ -124,8 +126,14 @@ def read_line(raw: bytes, number: int) -> Line:
             raise _invalid("invalid_url", f"url is {brief(found.url)}, not one of {', '.join(URLS)}", "url")
         return Line(number, custom_id, found.url, bytes(found.body), _digest(found.url, bytes(found.body)))
     except InvalidRequestError as error:
-        digest = hashlib.blake2b(raw, digest_size=16, person=b"line").digest()
-        return Line(number, custom_id, "", b"", digest, _located(error, number, custom_id))
+        return _wrong(raw, number, custom_id, error)
+    except Exception as error:  # whatever it is, no other line is to suffer from it
+        return _wrong(raw, number, custom_id, internal(error))
+
+
+def _wrong(raw: bytes, number: int, custom_id: str | None, error: InvalidRequestError) -> Line:
+    digest = hashlib.blake2b(raw, digest_size=16, person=b"line").digest()
+    return Line(number, custom_id, "", b"", digest, _located(error, number, custom_id))
 
 
 def _check_unicode(raw: bytes) -> None:
@@ -167,7 +175,8 @@ def _decode(decoder: msgspec.json.Decoder[Any], raw: bytes) -> Any:
         name = path[1] if path else ""
         raise _invalid("invalid_parameter", words, name or None) from None
     except (msgspec.DecodeError, UnicodeError) as error:
-        raise _invalid("invalid_json", f"it is no JSON: {error}") from None
+        reason = str(error).removeprefix("JSON is malformed: ")
+        raise _invalid("invalid_json", f"it is no JSON: {reason}") from None
     except RecursionError:
         raise _invalid("invalid_json", "it is nested too deeply") from None
 
@@ -232,13 +241,14 @@ def parse(line: Line, defaults: Defaults) -> Query:
         if isinstance(body, ChatBody):
             return _chat(line, body, defaults)
         return _completion(line, body, defaults)
-    except SamplerError as error:
-        reason = error.reason or str(error)
-        raise _located(
-            _invalid("invalid_parameter", str(error), error.parameter, reason), line.number, line.custom_id
-        ) from None
     except InvalidRequestError as error:
         raise _located(error, line.number, line.custom_id) from None
+    except SamplerError as error:
+        code = "unsupported_parameter" if isinstance(error, UnsupportedSchemaError) else "invalid_parameter"
+        wrong = _invalid(code, str(error), error.parameter, error.reason or str(error))
+        raise _located(wrong, line.number, line.custom_id) from None
+    except Exception as error:  # one request's, whatever it is: the others go on
+        raise _located(internal(error), line.number, line.custom_id) from None
 
 
 def _embedding(line: Line, body: EmbeddingBody) -> Query:
@@ -359,7 +369,7 @@ def _message(message: Message, i: int) -> dict[str, Any]:
         if isinstance(arguments, str):
             try:  # OpenAI sends JSON as text, templates write it out themselves
                 call["function"]["arguments"] = json.loads(arguments or "{}")
-            except ValueError:
+            except (ValueError, RecursionError):
                 raise _invalid(
                     "invalid_parameter", "arguments of a tool call are no JSON", f"{at}.tool_calls"
                 ) from None
@@ -405,6 +415,12 @@ def _invalid(code: str, words: str, param: str | None = None, reason: str | None
 
 def _unsupported(param: str, words: str) -> InvalidRequestError:
     return _invalid("unsupported_parameter", f"{param}: {words}", param)
+
+
+def internal(error: Exception) -> InvalidRequestError:
+    """What nobody has foreseen, as the error of the request that it came of."""
+    name = type(error).__name__
+    return _invalid("internal", f"{name}: {str(error)[:200]}", reason=name)
 
 
 def _located(error: LlamaStateError, number: int, custom_id: str | None) -> InvalidRequestError:

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 
 from llamastate import namelocks
 from llamastate.atomic import fsync_folder, write_atomically
-from llamastate.batch.journal import Index, Journal, Record, read_record
+from llamastate.batch.journal import Index, Journal, Record, is_beginning, is_headed, read_record
 from llamastate.errors import (
     CorruptStateError,
     FileAccessError,
@@ -37,7 +37,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 class StreamOutput:
     """Where lines only pass through: a pipe, a terminal. Nothing can be resumed there."""
 
-    n_found = 0
+    n_found = n_failed_found = n_full_found = 0
 
     def __init__(self, file: BinaryIO, path: str = "-", *, close: bool = False) -> None:
         self._file = file
@@ -82,7 +82,7 @@ class OutputFile:
         #: Absolute, links followed.
         self.path = os.path.realpath(os.fspath(path))
         #: Results in it.
-        self.n_found = self.n_failed_found = self.n_written = 0
+        self.n_found = self.n_failed_found = self.n_full_found = self.n_written = 0
         self._end = 0  # of the last whole line
         self._interval = interval
         self._fd = -1
@@ -90,10 +90,10 @@ class OutputFile:
         self._syncer: threading.Thread | None = None
         self._closing = threading.Event()
         self._dirty = False
-        with _typed(self.path):
+        with _typed(f"{self.path}.lock"):
             self._lock: namelocks.Held | None = _lock(self.path)
         try:
-            with _typed(self.path):
+            with _typed(f"{self.path}.journal"):
                 self.journal = Journal(f"{self.path}.journal", facts)
         except BaseException:
             namelocks.drop(self._lock)
@@ -128,25 +128,44 @@ class OutputFile:
             with file:
                 for number, line in enumerate(file, 1):
                     offset += len(line)
-                    if line == b"\n":
+                    if not line.strip():
                         continue
                     record = read_record(line) if line.endswith(b"\n") else None
                     if record is None:
                         bad = bad or number
-                    if bad is not None and (record is not None or not self._is_torn(number, line)):
-                        raise CorruptStateError(
-                            f"line {bad} of {self.path!r} was not written by this command",
-                            path=self.path, reason="no line of ours", section=f"line {bad}",
-                        )  # fmt: skip
+                    if bad is not None and (record is not None or not self._is_torn(line)):
+                        raise self._foreign(bad)
                     if record is not None:
                         self._end = offset
                         yield record, line
 
-    def _is_torn(self, number: int, line: bytes) -> bool:
-        if number == 1 and not self.journal.known:
-            return False  # somebody else's file
-        # after a loss of power a file may have got its length and not its content
-        return not line.endswith(b"\n") or b"\0" in line
+    def _is_torn(self, line: bytes) -> bool:
+        # Without a result the journal tells whose file it is; if a loss of power has left it empty, what is torn has
+        # to say more itself: all of what our lines begin with, or nothing.
+        if self._end or self.journal.known:
+            return is_beginning(line)
+        return self.journal.exists and (is_headed(line) or not line.strip(b"\0\n"))
+
+    def _foreign(self, number: int) -> CorruptStateError:
+        return CorruptStateError(
+            f"line {number} of {self.path!r} was not written by this command; name another output, or move it away",
+            path=self.path, reason="no line of ours", section=f"line {number}",
+        )  # fmt: skip
+
+    def require_ours(self) -> None:
+        """Refuse to empty a file that somebody else wrote: its first line tells.
+
+        Raises
+        ------
+        CorruptStateError
+        """
+        with _typed(self.path), contextlib.suppress(FileNotFoundError), open(self.path, "rb") as file:
+            self._end = 0
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    if read_record(line) is None and not self._is_torn(line):
+                        raise self._foreign(number)
+                    return
 
     def scan(self, index: Index, *, on_change: str, drop_failed: bool) -> int:
         """Find what is there; how many results are to be thrown away.
@@ -158,17 +177,17 @@ class OutputFile:
         CorruptStateError, OutputMovedError
             As :meth:`records`.
         """
-        dropped = self.n_found = self.n_failed_found = 0
+        dropped = self.n_found = self.n_failed_found = self.n_full_found = 0
         for record, _ in self.records():
             if on_change == "error":
                 self.journal.require_run(record.key.run, self.path)
-            if record.key.run != self.journal.run or (drop_failed and record.failed) or not index.add(
-                record.name, record.key
-            ):  # fmt: skip
+            again = record.key.run != self.journal.run or (drop_failed and (record.failed or record.full))
+            if again or not index.add(record.name, record.key):
                 dropped += 1
             else:
                 self.n_found += 1
                 self.n_failed_found += record.failed
+                self.n_full_found += record.full
         return dropped
 
     def open(self, keep: Callable[[Record], bool] | None, *, anew: bool = False, **facts: Any) -> None:
@@ -179,12 +198,18 @@ class OutputFile:
         keep : callable, optional
             The file is first replaced, atomically, by one with only these results.
         anew : bool
-            Throw everything away.
+            Throw everything away, if it is ours.
         **facts
             For the journal.
+
+        Raises
+        ------
+        CorruptStateError
+            ``anew``, and the file is somebody else's.
         """
         with _typed(self.path):
             if anew:
+                self.require_ours()
                 self.journal.forget()
                 self.n_found = self._end = 0
             elif keep is not None:
@@ -305,6 +330,10 @@ def open_output(
     if hasattr(output, "write"):
         return StreamOutput(output)
     if output == "-":
+        if sys.stdout is None:
+            raise FileAccessError(
+                "cannot write to '-': standard output is closed", path="-", reason="closed", code=errno.EBADF
+            )
         return StreamOutput(sys.stdout.buffer)
     try:
         path = os.fsdecode(output)

@@ -7,27 +7,28 @@ import os
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field, is_dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from llamastate.batch.journal import Index, key_of, run_digest
-from llamastate.batch.openai import Defaults, Query, parse
+from llamastate.batch.openai import Defaults, Line, Query, internal, parse
 from llamastate.batch.outfile import OutputFile, StreamOutput, open_output
 from llamastate.batch.progress import Progress
 from llamastate.batch.reading import Inline, Threaded
 from llamastate.batch.request import Request, Result
-from llamastate.batch.responses import Names, error_line, response_line
+from llamastate.batch.responses import Names, error_code, error_line, response_line
 from llamastate.batch.resume import Placing, changed, take_up
-from llamastate.batch.source import Source
-from llamastate.errors import (
-    InvalidArgumentError,
-    InvalidRequestError,
-    LlamaStateError,
-)
+from llamastate.batch.source import Input, Output, Source, require_apart
+from llamastate.errors import InvalidArgumentError, InvalidRequestError, LlamaStateError
+from llamastate.prefix.chain import portable
 
-__all__ = ["BatchSummary", "Runner", "check_input", "run_batch"]
+if TYPE_CHECKING:
+    from llamastate.model import Model
+
+__all__ = ["BatchSummary", "Runner", "run_batch"]
 
 
 class Runner(Protocol):
@@ -65,6 +66,12 @@ class BatchSummary:
         From the first line to the last.
     runner : dict
         The runner's own figures.
+    full : int
+        Results in the output that were cut off because there was no room for more.
+    errors : dict
+        How many of ``failed`` there are of each code.
+    first_error : str or None
+        What the first of them says.
     """
 
     output: str
@@ -79,6 +86,9 @@ class BatchSummary:
     generated_tokens: int
     seconds: float
     runner: dict[str, Any] = field(default_factory=dict)
+    full: int = 0
+    errors: dict[str, int] = field(default_factory=dict)
+    first_error: str | None = None
 
     @property
     def hit_rate(self) -> float:
@@ -92,10 +102,10 @@ class BatchSummary:
 
 
 def run_batch(
-    input: Any,  # noqa: A002  # as the command calls it
-    output: Any,
+    input: Input | Source,  # noqa: A002  # as the command calls it
+    output: Output,
     *,
-    model: Any = None,
+    model: Model | str | os.PathLike[str] | None = None,
     runner: Runner | None = None,
     resume: bool = True,
     retry_errors: bool = False,
@@ -122,9 +132,10 @@ def run_batch(
     runner : Runner, optional
         Made of ``model`` and ``options`` otherwise, and closed at the end.
     resume : bool
-        Go on with what is in ``output``. Without, it is emptied first.
+        Go on with what is in ``output``. Without, it is emptied first, if its first line is of this function.
     retry_errors : bool
-        Take the errors out of ``output`` and try those requests again.
+        Take the errors out of ``output`` and try those requests again; so too those whose answers were cut off because
+        there was no room for more.
     on_change : {"error", "redo"}
         What becomes of results whose request, model or options have changed since.
     defaults : Defaults, optional
@@ -158,7 +169,9 @@ def run_batch(
     StoreFullError
         The disk is full; a later run goes on.
     CorruptStateError
-        ``output`` is no output of this function.
+        ``output`` is no output of this function, or its journal no journal. Nothing was changed.
+    InvalidArgumentError
+        ``input`` and ``output`` are one file, say.
     StateFileNotFoundError, FileAccessError
         There is no input, or it cannot be read.
 
@@ -185,22 +198,11 @@ def run_batch(
         elif options:
             name = min(options)
             raise InvalidArgumentError(f"{name} is for a runner that is made here", name=name, value=options[name])
+        require_apart(input=source, output=output)
         facts, names = facts_of(runner, defaults), names_of(runner, model_name)
         run = _Run(source, open_output(output, facts, interval=sync_seconds), runner, facts, defaults)
         run.names, run.on_progress, run.on_result = names, on_progress, on_result
         return run.go(resume=resume, retry_errors=retry_errors, on_change=on_change, handle_signals=handle_signals)
-
-
-def check_input(input: Any) -> None:  # noqa: A002
-    """Find out whether there is an input at all, before anything is loaded for it.
-
-    Raises
-    ------
-    StateFileNotFoundError, FileAccessError
-    """
-    source = Source(input)
-    if source.again:
-        source._open().close()
 
 
 def _make_runner(model: Any, options: dict[str, Any]) -> Any:
@@ -218,16 +220,23 @@ def _make_runner(model: Any, options: dict[str, Any]) -> Any:
 
 def facts_of(runner: Any, defaults: Defaults) -> dict[str, Any]:
     """What decides results, of the model, the runner and the defaults; not how many requests run at once."""
-    facts: dict[str, Any] = {"format": 1, **runner.ctx.fingerprint.to_dict()}
+    ctx = runner.ctx
+    # into how many streams the cache is split follows from how many run, and changes nothing
+    facts: dict[str, Any] = {"format": 1, **portable(ctx.fingerprint, ctx.schema).to_dict()}
     facts["fingerprint"] = facts.pop("version")
+    facts["fixed_shapes"] = bool(getattr(runner, "fixed_shapes", False))
     return {**facts, **asdict(defaults)}
 
 
 def names_of(runner: Any, model_name: str | None) -> Names:
     """What responses are told by."""
     model = runner.model
-    name = model_name or (os.path.basename(model.path) if model.path else str(model.desc))
-    return Names(name, lambda token: bytes(model.token_to_piece(token, special=True)))
+    name = model_name or (os.path.basename(os.fsdecode(model.path)) if model.path else str(model.desc))
+    # the name of a file can be what no JSON can hold
+    return Names(
+        name.encode("utf-8", "backslashreplace").decode(),
+        lambda token: bytes(model.token_to_piece(token, special=True)),
+    )
 
 
 # --- the run ----------------------------------------------------------------------------------------------------------
@@ -252,6 +261,15 @@ class Pending:
             self.error = result.error
         return not self.left
 
+    def response(self, names: Names) -> bytes | LlamaStateError:
+        """The line of it, once all its requests are done; or why there is none."""
+        if self.error is not None:
+            return self.error
+        try:
+            return response_line(self.key, self.query, self.results, names)
+        except Exception as error:  # one that cannot be written is no reason to lose the others
+            return internal(error)
+
 
 class _Run:
     names: Names
@@ -272,7 +290,9 @@ class _Run:
         self.progress = Progress()
         self.stopped: str | None = None
         self.failure: LlamaStateError | None = None
-        self.unfinished = 0
+        self.unfinished = self.full = 0
+        self.errors: Counter[str] = Counter()
+        self.first_error: str | None = None
         self.began = 0.0
 
     def go(self, *, resume: bool, retry_errors: bool, on_change: str, handle_signals: bool) -> BatchSummary:
@@ -330,7 +350,7 @@ class _Run:
                         raise line.error
                     query = parse(line, self.defaults)
                 except InvalidRequestError as error:
-                    self.write(error_line(key.id, line, error), failed=True)
+                    self.fail(key.id, line, error)
                     continue
                 self.unfinished += 1
                 yield from query.requests(Pending(key.id, query))
@@ -364,10 +384,17 @@ class _Run:
             progress.prompt_tokens += one.n_prompt
             progress.cached_tokens += one.n_cached
             progress.generated_tokens += one.n_generated
-        if pending.error is not None:
-            self.write(error_line(pending.key, pending.query.line, pending.error), failed=True)
+        found = pending.response(self.names)
+        if isinstance(found, bytes):
+            self.full += any(output.finish_reason == "full" for one in pending.results for output in one.outputs)
+            self.write(found)
         else:
-            self.write(response_line(pending.key, pending.query, pending.results, self.names))
+            self.fail(pending.key, pending.query.line, found)
+
+    def fail(self, key: str, line: Line, error: LlamaStateError) -> None:
+        self.errors[error_code(error)] += 1
+        self.first_error = self.first_error or str(error)
+        self.write(error_line(key, line, error), failed=True)
 
     def write(self, line: bytes, *, failed: bool = False) -> None:
         self.output.write(line)
@@ -409,7 +436,7 @@ class _Run:
             completed=p.done - p.failed,
             failed=p.failed,
             skipped=p.skipped,
-            errors_before=getattr(self.output, "n_failed_found", 0),
+            errors_before=self.output.n_failed_found,
             stopped=self.stopped,
             unfinished=self.unfinished,
             prompt_tokens=p.prompt_tokens,
@@ -417,4 +444,7 @@ class _Run:
             generated_tokens=p.generated_tokens,
             seconds=time.perf_counter() - self.began,
             runner=asdict(stats) if is_dataclass(stats) and not isinstance(stats, type) else {},
+            full=self.full + self.output.n_full_found,
+            errors=dict(self.errors),
+            first_error=self.first_error,
         )

@@ -54,11 +54,15 @@ class ProgressBar:
     Parameters
     ----------
     file : text stream, optional
-        Standard error if not given. Nothing is written where it is no terminal.
+        Standard error if not given.
+    seconds : float, optional
+        Where it is no terminal, a line of its own is written so often at most; if not given, nothing is.
     """
 
-    def __init__(self, file: TextIO | None = None) -> None:
+    def __init__(self, file: TextIO | None = None, *, seconds: float | None = None) -> None:
         self._file = file if file is not None else sys.stderr
+        self._seconds = seconds
+        self._told = 0.0
         self._bar: Any = None
 
     def __call__(self, progress: Progress) -> None:
@@ -71,16 +75,22 @@ class ProgressBar:
                 initial=progress.skipped, smoothing=0.05,
             )  # fmt: skip
         if self._bar.disable:
+            if self._seconds is not None and self._file is not None and progress.seconds - self._told >= self._seconds:
+                self._told = progress.seconds
+                of = "" if progress.total is None else f" of {progress.total}"
+                print(f"{progress.done + progress.skipped}{of} done, {_shown(progress)}", file=self._file, flush=True)
             return
         # those skipped took no time: they are no part of the rate
         self._bar.initial = progress.skipped
-        shown = f"{progress.tokens_per_second:.0f} tok/s, {progress.hit_rate:.0%} shared"
-        if progress.failed:
-            shown += f", {progress.failed} failed"
-        self._bar.set_postfix_str(shown, refresh=False)
+        self._bar.set_postfix_str(_shown(progress), refresh=False)
         self._bar.update(progress.done + progress.skipped - self._bar.n)
 
     def close(self) -> None:
         """Leave the line as it is. Idempotent."""
         if self._bar is not None:
             self._bar.close()
+
+
+def _shown(progress: Progress) -> str:
+    shown = f"{progress.tokens_per_second:.0f} tok/s, {progress.hit_rate:.0%} shared"
+    return shown + f", {progress.failed} failed" if progress.failed else shown

@@ -23,7 +23,7 @@ from llamastate.errors import (
     TemplateError,
 )
 
-__all__ = ["Names", "error_line", "response_line"]
+__all__ = ["Names", "error_code", "error_line", "response_line"]
 
 _encoder = msgspec.json.Encoder()
 
@@ -68,7 +68,7 @@ def response_line(key: str, query: Query, results: Sequence[Result], names: Name
 def error_line(key: str, line: Line, error: LlamaStateError) -> bytes:
     """The line of a request that failed."""
     facts: dict[str, Any] = {
-        "code": _code(error),
+        "code": error_code(error),
         "message": _clean(str(error)),
         "type": type(error).__name__,
         "param": next(
@@ -80,7 +80,8 @@ def error_line(key: str, line: Line, error: LlamaStateError) -> bytes:
     return _encoder.encode({"id": key, "custom_id": line.custom_id, "response": None, "error": facts}) + b"\n"
 
 
-def _code(error: LlamaStateError) -> str:
+def error_code(error: LlamaStateError) -> str:
+    """The word for programs."""
     if isinstance(error, InvalidRequestError):
         return error.code or "invalid_request"
     if isinstance(error, InvalidArgumentError):
@@ -135,8 +136,10 @@ def _completion(key: str, query: Query, results: Sequence[Result], names: Names)
             else:
                 choice["text"] = output.text
                 choice["logprobs"] = _logprobs(query, result, output, names) if query.logprobs is not None else None
-            # OpenAI has no word for a full context
-            choice["finish_reason"] = "length" if output.finish_reason == "full" else output.finish_reason
+            choice["finish_reason"] = output.finish_reason
+            if output.finish_reason == "full":
+                # OpenAI has no word for a full context; the field is vLLM's. Resuming looks for it (journal.Record)
+                choice.update(finish_reason="length", stop_reason="full")
             choices.append(choice)
     return {
         "id": ("chatcmpl-" if chat else "cmpl-") + key.rpartition("_")[2],

@@ -31,13 +31,13 @@ class Placing:
         """All of them, once."""
         index = self._index
         for number, raw in self._source.lines():
-            line = read_line(raw, number)
+            line = raw if isinstance(raw, Line) else read_line(raw, number)
             if line.custom_id is not None:
                 name = name_of(line.custom_id, "")
                 if not index.see(name):
                     yield line, name
                     continue
-                line = _repeated(line, raw)
+                line = _repeated(line, raw if isinstance(raw, bytes) else line.digest)
             # what it says is all that tells such a line from others, and a count where they say the same
             n = index.see(name_of(None, line.digest.hex()))
             if n:
@@ -121,7 +121,8 @@ def changed(path: str, names: list[str], count: int) -> BatchChangedError:
     """The error for answers to other requests than these."""
     told = ", ".join(map(repr, names)) + (", ..." if count > len(names) else "")
     return BatchChangedError(
-        f"{path!r} has answers to other requests by the names {told}: redo them (on_change), or write to another file",
+        f"{path!r} has answers to other requests by the names {told}: "
+        "do them again (on_change='redo'), or write to another file",
         path=path, field="body", custom_ids=tuple(names), count=count,
     )  # fmt: skip
 

@@ -395,6 +395,11 @@ class BatchRunner(Closing):
         )
 
     @property
+    def fixed_shapes(self) -> bool:
+        """Whether outputs are the same in any company."""
+        return self._engine.rules.grid is not None
+
+    @property
     def closed(self) -> bool:
         """Whether :meth:`close` has been called."""
         return self._closed

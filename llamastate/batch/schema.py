@@ -16,7 +16,7 @@ from typing import Any
 from llamastate.errors import SamplerError
 from llamastate.words import brief
 
-__all__ = ["json_grammar", "schema_grammar"]
+__all__ = ["UnsupportedSchemaError", "json_grammar", "schema_grammar"]
 
 #: They say nothing about which values are valid. Of ``format`` only those in :data:`_FORMATS` are kept; JSON Schema has
 #: the others as remarks.
@@ -53,6 +53,10 @@ _BASE = {
 _FORMATS = {"date": "date", "time": "time", "date-time": 'date "T" time', "uuid": "uuid"}
 
 
+class UnsupportedSchemaError(SamplerError):
+    """A schema that may well be one, and has what no grammar here can keep."""
+
+
 def json_grammar() -> str:
     """The grammar of any JSON object."""
     return _text({"root": "object", **_BASE})
@@ -74,11 +78,13 @@ def schema_grammar(schema: Any) -> str:
     Raises
     ------
     SamplerError
-        The schema is none, or has what no grammar here can keep. ``reason`` names the keyword and where it is.
+        The schema is none; ``reason`` tells what and where.
+    UnsupportedSchemaError
+        It has what no grammar here can keep: ``reason`` names the keyword.
     """
     try:
         return _cached(json.dumps(schema))  # not sorted: the order of the properties is the order they are written in
-    except (TypeError, ValueError, RecursionError) as error:
+    except (TypeError, ValueError, RecursionError, AttributeError, LookupError) as error:
         if isinstance(error, SamplerError):
             raise
         raise _refused("#", f"it cannot be read: {brief(str(error))}") from None
@@ -128,7 +134,7 @@ class _Writer:
         if kinds is None:
             kinds = sorted({kind for word in words for kind in _KINDS_OF.get(word, ())})
             if len(kinds) != 1:
-                raise _refused(at, f"without a type, {sorted(words)} cannot be kept")
+                raise _unsupported(at, f"without a type, {sorted(words)} cannot be kept")
         if isinstance(kinds, str):
             return self.typed(kinds, words, at)
         if not isinstance(kinds, list) or not kinds:
@@ -153,7 +159,7 @@ class _Writer:
         _only(words, ["$ref"], at)
         pointer = words["$ref"]
         if not isinstance(pointer, str) or not re.fullmatch(r"#(/.*)?", pointer, re.DOTALL):
-            raise _refused(at, f"$ref {brief(pointer)}: only parts of the schema itself can be meant")
+            raise _unsupported(at, f"$ref {brief(pointer)}: only parts of the schema itself can be meant")
         if pointer not in self.refs:
             target = self.schema
             for part in pointer[2:].split("/") if pointer != "#" else ():
@@ -193,7 +199,7 @@ class _Writer:
         for i, one in enumerate(known):
             for other in known[:i]:
                 if not _apart(one, other):
-                    raise _refused(at, "oneOf: two of its schemas may fit the same value; anyOf could be kept")
+                    raise _unsupported(at, "oneOf: two of its schemas may fit the same value; anyOf could be kept")
         return self.either([self.visit(s, f"{at}/oneOf/{i}") for i, s in enumerate(schemas)])
 
     def told_by(self, schema: Any) -> dict[str, Any]:
@@ -210,7 +216,7 @@ class _Writer:
         _only(words, ["allOf"], at)
         schemas = _list(words, "allOf", at)
         if len(schemas) != 1:
-            raise _refused(at, "allOf of more than one schema")
+            raise _unsupported(at, "allOf of more than one schema is not supported")
         return self.visit(schemas[0], f"{at}/allOf/0")
 
     # --- by type ------------------------------------------------------------------------------------------------------
@@ -289,7 +295,7 @@ class _Writer:
                 return "string"
             return self.rule(r'"\"\""' if high == 0 else rf'"\"" char{_times(low, high)} "\""')
         if (low, high) != (0, None):
-            raise _refused(at, "a length beside a format")
+            raise _unsupported(at, "a length beside a format is not supported")
         return self.rule(rf'"\"" {form} "\""')
 
     def number(self, kind: str, words: dict[str, Any], at: str) -> str:
@@ -299,11 +305,11 @@ class _Writer:
             return kind
         for word, value in bounds.items():
             if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value // 1:
-                raise _refused(at, f"{word} {brief(value)} (only whole numbers can be kept)")
+                raise _unsupported(at, f"{word} {brief(value)} (only whole numbers can be kept)")
         if kind == "number":
             if bounds == {"minimum": 0}:
                 return self.rule(_BASE["number"].removeprefix('"-"? '))
-            raise _refused(at, f"{sorted(bounds)} of numbers that are not integers (but for minimum 0)")
+            raise _unsupported(at, f"{sorted(bounds)} of numbers is not supported (but for minimum 0)")
         lows = [int(bounds[w]) + (w != "minimum") for w in ("minimum", "exclusiveMinimum") if w in bounds]
         highs = [int(bounds[w]) - (w != "maximum") for w in ("maximum", "exclusiveMaximum") if w in bounds]
         low, high = max(lows, default=None), min(highs, default=None)
@@ -313,7 +319,7 @@ class _Writer:
             return self.rule(" | ".join(f'"{number}"' for number in range(low, high + 1)))
         if low in (0, 1):
             return "digits" if low == 0 else self.rule("[1-9] [0-9]{0,14}")
-        raise _refused(at, f"{sorted(bounds)} alone (but for a minimum of 0 or 1)")
+        raise _unsupported(at, f"{sorted(bounds)} alone is not supported (but for a minimum of 0 or 1)")
 
 
 _KINDS_OF = {
@@ -343,7 +349,8 @@ def _only(words: Mapping[str, Any], known: Sequence[str], at: str) -> None:
     for word in words:
         if word not in known:
             beside = next((k for k in known if k in words and k != "type"), None)
-            raise _refused(at, f"the keyword {brief(word)}" + (f" beside {beside}" if beside else ""))
+            where = f" beside {beside}" if beside else ""
+            raise _unsupported(at, f"the keyword {brief(word)}{where} is not supported")
 
 
 def _list(words: Mapping[str, Any], word: str, at: str) -> list[Any]:
@@ -390,8 +397,11 @@ def _apart(one: dict[str, Any], other: dict[str, Any]) -> bool:
         return not any(value in values[1] for value in values[0])
     if kinds[0] != {"object"} or kinds[1] != {"object"}:
         return False
+    named = [schema.get("properties") for schema in (one, other)]
+    if not isinstance(named[0], dict) or not isinstance(named[1], dict):
+        return False
     for name in set(one.get("required", ())) & set(other.get("required", ())):
-        found = [_constants(schema.get("properties", {}).get(name)) for schema in (one, other)]
+        found = [_constants(properties.get(name)) for properties in named]
         if found[0] is not None and found[1] is not None and not any(value in found[1] for value in found[0]):
             return True
     return False
@@ -423,3 +433,7 @@ def _literal(text: str) -> str:
 
 def _refused(at: str, reason: str) -> SamplerError:
     return SamplerError(f"JSON schema, at {brief(at)}: {reason}", parameter="response_format", reason=reason)
+
+
+def _unsupported(at: str, reason: str) -> UnsupportedSchemaError:
+    return UnsupportedSchemaError(f"JSON schema, at {brief(at)}: {reason}", parameter="response_format", reason=reason)

@@ -1,111 +1,54 @@
-"""Rows instead of lines: dicts, Parquet and Arrow files. Needs the extra ``tables``, but for dicts.
-
-A row asks by one of the columns ``messages`` (a list of role and content, or JSON), ``prompt`` (text),
-``tokenized_prompt`` (token ids) or ``input`` (text to embed). ``sampling_params`` (a struct, or JSON) has the rest, by
-the names of OpenAI's and vLLM's APIs; ``custom_id`` is the number of the row where there is none. The row comes back
-with these columns added:
-
-=======================  ===========================================================================================
-``generated_text``       the first output
-``finish_reason``        its end: ``stop`` or ``length``
-``num_input_tokens``     of the prompt
-``num_cached_tokens``    those of them that were not computed for this row
-``num_generated_tokens`` of all outputs
-``embedding``            the vector, if one was asked for
-``request_id``           of the result, made of what was asked and of the run
-``response``             the whole response as JSON: further outputs, log probabilities
-``__inference_error__``  None, or what went wrong: "Type: message"
-=======================  ===========================================================================================
-"""
+"""Parquet and Arrow files of rows (:mod:`llamastate.batch.dicts`). Needs the extra ``tables``."""
 
 from __future__ import annotations
 
 import contextlib
-import json
+import hashlib
 import os
 import sqlite3
+import struct
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+import warnings
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from llamastate.atomic import fsync_folder
-from llamastate.batch.journal import key_of, run_digest
-from llamastate.batch.openai import Defaults, parse, read_line
-from llamastate.batch.pipeline import BatchSummary, Pending, facts_of, names_of, run_batch
-from llamastate.batch.request import Malformed, Request
-from llamastate.batch.responses import error_line, response_line
+from llamastate.batch.dicts import ASKING, COLUMNS, columns_of, row_line
+from llamastate.batch.journal import read_record
+from llamastate.batch.openai import Line
+from llamastate.batch.pipeline import BatchSummary, run_batch
 from llamastate.batch.resume import Placing
-from llamastate.batch.source import Source
-from llamastate.errors import FileAccessError, InvalidRequestError, LoadError, SaveError
+from llamastate.batch.source import Input, Source, require_apart
+from llamastate.errors import (
+    BatchChangedError,
+    CorruptStateError,
+    FileAccessError,
+    LoadError,
+    SaveError,
+    StoreFullError,
+)
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-__all__ = ["is_table", "run_rows", "run_table"]
+__all__ = ["TABLES", "is_table", "require_arrow", "run_table"]
 
 _PARQUET = (".parquet", ".pq")
 _ARROW = (".arrow", ".feather", ".ipc")
+#: What tables are known by.
+TABLES = (*_PARQUET, *_ARROW)
 #: Rows that are in memory at once.
 _ROWS = 256
-_ASKING = ("messages", "prompt", "tokenized_prompt", "input")
+#: In a table's metadata: this was written here, with such columns.
+_MARK = b"llamastate.results"
 
 
 def is_table(path: Any) -> bool:
     """Whether a path names a table, by its ending."""
-    return isinstance(path, (str, os.PathLike)) and os.fspath(path).lower().endswith((*_PARQUET, *_ARROW))
+    return isinstance(path, (str, os.PathLike)) and os.fspath(path).lower().endswith(TABLES)
 
 
-def run_rows(rows: Iterable[Mapping[str, Any]], runner: Any, *, defaults: Defaults | None = None,
-             model_name: str | None = None) -> Iterator[dict[str, Any]]:  # fmt: skip
-    """Answer rows: no file, no journal.
-
-    Parameters
-    ----------
-    rows : iterable of mapping
-        Read as they are needed.
-    runner : BatchRunner
-    defaults : Defaults, optional
-        For rows that do not say.
-    model_name : str, optional
-        For the responses.
-
-    Yields
-    ------
-    dict
-        The row with the columns above added, as soon as it is done: in any order.
-    """
-    defaults, names = defaults or Defaults(), names_of(runner, model_name)
-    run = run_digest(facts_of(runner, defaults))
-
-    def requests() -> Iterator[Request | Malformed]:
-        for i, row in enumerate(rows):
-            line = read_line(_line(row, i), i + 1)
-            key = key_of(line, run).id
-            try:
-                if line.error is not None:
-                    raise line.error
-                query = parse(line, defaults)
-            except InvalidRequestError as error:
-                yield Malformed(str(line.custom_id), error, (row, error_line(key, line, error)))
-                continue
-            yield from query.requests((row, Pending(key, query)))
-
-    for result in runner.run(requests()):
-        if isinstance(result.meta[1], bytes):
-            yield _joined(*result.meta)
-            continue
-        (row, pending), i = result.meta
-        if pending.put(i, result):
-            query = pending.query
-            yield _joined(
-                row,
-                response_line(pending.key, query, pending.results, names)
-                if pending.error is None
-                else error_line(pending.key, query.line, pending.error),
-            )
-
-
-def run_table(input: Any, output: str | os.PathLike[str], **options: Any) -> BatchSummary:  # noqa: A002
+def run_table(input: Input | pa.Table, output: str | os.PathLike[str], **options: Any) -> BatchSummary:  # noqa: A002
     """Answer every row of a table, and be able to go on wherever it was ended.
 
     Parameters
@@ -114,8 +57,8 @@ def run_table(input: Any, output: str | os.PathLike[str], **options: Any) -> Bat
         ``.parquet``, ``.arrow`` (file or stream), or lines of OpenAI's batch format.
     output : path-like
         ``.parquet`` or ``.arrow``: written when everything is done, in the order of the input, atomically; until then
-        results are in ``<output>.results.jsonl``, and that is what is gone on from. Anything else gets the lines
-        themselves.
+        results are in ``<output>.results.jsonl``, and that is what is gone on from. A table that is there already is
+        replaced if it was written here. Anything else gets the lines themselves.
     **options
         As for :func:`~llamastate.batch.run_batch`.
 
@@ -129,8 +72,15 @@ def run_table(input: Any, output: str | os.PathLike[str], **options: Any) -> Bat
         The table cannot be read.
     SaveError
         The table cannot be written; the results are kept.
+    CorruptStateError
+        ``output`` is somebody else's table. Nothing was changed.
     ImportError
         ``pyarrow`` is not installed.
+
+    Warns
+    -----
+    UserWarning
+        Columns of the input that those of the results take the place of.
 
     Notes
     -----
@@ -141,110 +91,26 @@ def run_table(input: Any, output: str | os.PathLike[str], **options: Any) -> Bat
         return run_batch(source, output, **options)
     path = os.path.realpath(os.fspath(output))
     results = f"{path}.results.jsonl"
-    summary = run_batch(source, results, **options)
-    if summary.stopped is None:
-        _write_table(source, results, path)
+    require_apart(input=source, output=path, results=results)
+    _require_ours(path, results)
+    hidden = [name for name in source.schema.names if name in COLUMNS] if isinstance(source, _TableSource) else ()
+    if hidden:
+        words = f"{path!r} will have columns of results in the place of the input's {', '.join(hidden)}"
+        warnings.warn(words, stacklevel=2)
+    with contextlib.ExitStack() as stack:
+        if not source.again:
+            source = stack.enter_context(contextlib.closing(_Spooled(input)))
+        summary = run_batch(source, results, **options)
+        if summary.stopped is None:
+            _write_table(source, results, path)
     return summary
-
-
-# --- rows -------------------------------------------------------------------------------------------------------------
-
-
-def _line(row: Mapping[str, Any], i: int) -> bytes:
-    """A row as a line. What is wrong with it is found when that is read."""
-    custom_id = row.get("custom_id")
-    body = _decoded(row.get("sampling_params")) or {}
-    body = {name: value for name, value in body.items() if value is not None} if isinstance(body, dict) else body
-    asked = [name for name in _ASKING if row.get(name) is not None]
-    url = "/v1/completions"
-    if isinstance(body, dict):
-        if "messages" in asked:
-            url = "/v1/chat/completions"
-            messages = _decoded(row["messages"])
-            body["messages"] = _without_nulls(messages) if isinstance(messages, list) else messages
-            if isinstance(body.get("logprobs"), int) and not isinstance(body["logprobs"], bool):
-                # vLLM's parameters have a number here, OpenAI's chats have two fields
-                body["top_logprobs"], body["logprobs"] = body["logprobs"], True
-        elif "tokenized_prompt" in asked:
-            body["prompt"] = list(row["tokenized_prompt"])
-        elif "prompt" in asked:
-            body["prompt"] = row["prompt"]
-        elif "input" in asked:
-            url, body["input"] = "/v1/embeddings", row["input"]
-    line = {"custom_id": str(i) if custom_id is None else str(custom_id), "url": url, "body": body}
-    try:
-        return json.dumps(line, default=_plain).encode("utf-8", "surrogatepass")
-    except (TypeError, ValueError, AttributeError, RecursionError):
-        return json.dumps({"custom_id": line["custom_id"]}).encode()
-
-
-def _plain(value: Any) -> Any:
-    """NumPy's arrays and numbers as Python's."""
-    return value.tolist()
-
-
-def _decoded(value: Any) -> Any:
-    if not isinstance(value, (str, bytes)):
-        return dict(value) if isinstance(value, Mapping) else value
-    try:
-        return json.loads(value)
-    except ValueError:
-        return value
-
-
-def _without_nulls(messages: list[Any]) -> list[Any]:
-    """In a table every message has the fields of all."""
-    return [
-        {name: value for name, value in message.items() if value is not None or name == "content"}
-        if isinstance(message, Mapping)
-        else message
-        for message in messages
-    ]
-
-
-def _added(written: bytes) -> dict[str, Any]:
-    """The columns that a line of output stands for."""
-    record = json.loads(written)
-    row: dict[str, Any] = dict.fromkeys(_TYPES)
-    row["request_id"] = record["id"]
-    if record["error"] is not None:
-        row["__inference_error__"] = f"{record['error']['type']}: {record['error']['message']}"
-        return row
-    body = record["response"]["body"]
-    usage = body["usage"]
-    row["num_input_tokens"] = usage["prompt_tokens"]
-    row["num_cached_tokens"] = usage["prompt_tokens_details"]["cached_tokens"]
-    row["num_generated_tokens"] = usage.get("completion_tokens")
-    if "data" in body:
-        row["embedding"] = body["data"][0]["embedding"]
-        return row
-    choice = body["choices"][0]
-    row["generated_text"] = choice["text"] if "text" in choice else choice["message"]["content"]
-    row["finish_reason"] = choice["finish_reason"]
-    row["response"] = json.dumps(body, ensure_ascii=False)
-    return row
-
-
-def _joined(row: Mapping[str, Any], written: bytes) -> dict[str, Any]:
-    return {**row, **_added(written)}
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------
 
-_TYPES = {
-    "generated_text": "string",
-    "finish_reason": "string",
-    "num_input_tokens": "int64",
-    "num_cached_tokens": "int64",
-    "num_generated_tokens": "int64",
-    "embedding": "floats",
-    "request_id": "string",
-    "response": "string",
-    "__inference_error__": "string",
-}
 
-
-def _arrow() -> Any:
+def require_arrow() -> Any:
+    """pyarrow; an ImportError that says what to install if there is none."""
     try:
         import pyarrow as pa
     except ImportError as error:
@@ -261,8 +127,11 @@ class _TableSource(Source):
     """Lines made of the rows of a table."""
 
     def __init__(self, given: Any) -> None:
-        super().__init__(given)
-        _arrow()
+        require_arrow()
+        if is_table(given):
+            super().__init__(given)
+        else:
+            self._given, self.path = given, None
         self.schema: pa.Schema = None
         for _ in self.batches():
             break
@@ -284,11 +153,11 @@ class _TableSource(Source):
             return int(pq.read_metadata(self.path).num_rows)
         return None
 
-    def lines(self) -> Iterator[tuple[int, bytes]]:
+    def lines(self) -> Iterator[tuple[int, bytes | Line]]:
         i = 0
         for batch in self.batches():
             for row in batch.select([n for n in batch.schema.names if n in _READ]).to_pylist():
-                yield i + 1, _line(row, i)
+                yield i + 1, row_line(row, i)
                 i += 1
 
     def batches(self) -> Iterator[Any]:
@@ -297,7 +166,7 @@ class _TableSource(Source):
             yield from self._batches()
 
     def _batches(self) -> Iterator[Any]:
-        pa = _arrow()
+        pa = require_arrow()
         if self.path is None:
             self.schema = self._given.schema
             yield from self._given.to_batches(max_chunksize=_ROWS)
@@ -321,12 +190,42 @@ class _TableSource(Source):
                         yield batch.slice(start, _ROWS)
 
 
-_READ = frozenset(("custom_id", "sampling_params", *_ASKING))
+class _Spooled(Source):
+    """Lines that come once, kept in a file without a name to be read again."""
+
+    def __init__(self, given: Any) -> None:
+        super().__init__(given)
+        self._spool = tempfile.TemporaryFile()  # noqa: SIM115
+        self._whole = False
+
+    def lines(self) -> Iterator[tuple[int, bytes | Line]]:
+        if self._whole:
+            self._spool.seek(0)
+            while head := self._spool.read(16):
+                number, size = struct.unpack("<QQ", head)
+                yield number, self._spool.read(size)
+            return
+        for number, raw in super().lines():
+            assert isinstance(raw, bytes)
+            try:
+                self._spool.write(struct.pack("<QQ", number, len(raw)) + raw)
+                self._spool.flush()
+            except OSError as error:
+                raise StoreFullError(f"there is no room for temporary files: {error}", path=None) from error
+            yield number, raw
+        self._whole = True
+
+    def close(self) -> None:
+        """Give the room back."""
+        self._spool.close()
+
+
+_READ = frozenset(("custom_id", "sampling_params", *ASKING))
 
 
 @contextlib.contextmanager
 def _loading(path: str) -> Iterator[None]:
-    pa = _arrow()
+    pa = require_arrow()
     try:
         yield
     except pa.ArrowException as error:
@@ -336,14 +235,41 @@ def _loading(path: str) -> Iterator[None]:
         raise FileAccessError(f"cannot read {path!r}: {reason}", path=path, reason=reason, code=error.errno) from error
 
 
+def _mark(fields: Iterable[Any]) -> bytes:
+    return hashlib.blake2b("\0".join(field.name for field in fields).encode(), digest_size=8).hexdigest().encode()
+
+
+def _require_ours(path: str, results: str) -> None:
+    """Refuse to replace a table that was not written here, or to which somebody has added columns since."""
+    if os.path.isdir(path):
+        raise SaveError(f"cannot write {path!r}: it is a folder", path=path, reason="a folder")
+    if not os.path.exists(path) or not os.path.getsize(path):
+        return
+    begun = False
+    with contextlib.suppress(OSError), open(results, "rb") as file:
+        begun = read_record(next((line for line in file if line.strip()), b"")) is not None
+    try:
+        schema = _TableSource(path).schema
+    except LoadError:
+        ours = begun
+    else:
+        mark = (schema.metadata or {}).get(_MARK)
+        ours = mark == _mark(schema) if mark is not None else begun and set(COLUMNS) <= set(schema.names)
+    if not ours:
+        raise CorruptStateError(
+            f"{path!r} is a table that was not written by this command; name another output, or move it away",
+            path=path, reason="no table of ours",
+        )  # fmt: skip
+
+
 def _write_table(source: Source, results: str, path: str) -> None:
     """Put results beside the rows that asked for them."""
-    pa = _arrow()
+    pa = require_arrow()
     kinds = {"floats": pa.list_(pa.float32())}
-    added = [pa.field(name, kinds.get(kind) or pa.type_for_alias(kind)) for name, kind in _TYPES.items()]
+    added = [pa.field(name, kinds.get(kind) or pa.type_for_alias(kind)) for name, kind in COLUMNS.items()]
     before = source.schema if isinstance(source, _TableSource) else pa.schema([("custom_id", pa.string())])
-    kept = [field for field in before if field.name not in _TYPES]
-    schema = pa.schema([*kept, *added])
+    kept = [field for field in before if field.name not in COLUMNS]
+    schema = pa.schema([*kept, *added]).with_metadata({_MARK: _mark([*kept, *added])})
     folder, name = os.path.split(path)
     with contextlib.closing(_Results(results)) as found:
 
@@ -387,7 +313,7 @@ def _write_batches(file: Any, schema: Any, batches: Iterator[Any], *, parquet: b
 
         writer = pq.ParquetWriter(file, schema)
     else:
-        writer = _arrow().ipc.new_file(file, schema)
+        writer = require_arrow().ipc.new_file(file, schema)
     with writer:
         for batch in batches:
             writer.write_batch(batch)
@@ -395,7 +321,7 @@ def _write_batches(file: Any, schema: Any, batches: Iterator[Any], *, parquet: b
 
 def _read_again(source: Source, kept: list[Any]) -> Iterator[tuple[list[Any], list[bytes]]]:
     """Columns that stay, a few rows at a time, with the names that their results go by."""
-    pa = _arrow()
+    pa = require_arrow()
     with contextlib.closing(Placing(source)) as placing:
         placed = placing.lines()
         if isinstance(source, _TableSource):
@@ -411,8 +337,6 @@ class _Results:
     """Results by name: where each is in the file."""
 
     def __init__(self, path: str) -> None:
-        from llamastate.batch.journal import read_record
-
         self._file = open(path, "rb")  # noqa: SIM115
         self._db = sqlite3.connect("", isolation_level=None)
         self._db.execute("CREATE TABLE lines (name BLOB PRIMARY KEY, start INTEGER) WITHOUT ROWID")
@@ -425,9 +349,14 @@ class _Results:
             start += len(line)
 
     def get(self, name: bytes) -> dict[str, Any]:
-        (start,) = self._db.execute("SELECT start FROM lines WHERE name = ?", (name,)).fetchone()
-        self._file.seek(start)
-        return _added(self._file.readline())
+        found = self._db.execute("SELECT start FROM lines WHERE name = ?", (name,)).fetchone()
+        if found is None:
+            raise BatchChangedError(
+                f"{self._file.name!r} has no result for a row: the input has changed since it was read",
+                path=self._file.name, field="input",
+            )  # fmt: skip
+        self._file.seek(found[0])
+        return columns_of(self._file.readline())
 
     def close(self) -> None:
         self._file.close()

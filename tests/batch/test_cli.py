@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
+import io
 import json
 import os
 import pty
 import re
+import shlex
 import signal
 import struct
 import subprocess
@@ -18,11 +21,11 @@ from pathlib import Path
 import pytest
 from prometheus_client import CollectorRegistry
 
-from llamastate.batch import BatchRunner, run_batch
-from llamastate.batch.metrics import BatchMetrics, serve
+from llamastate.batch import BatchMetrics, BatchRunner, Progress, ProgressBar, run_batch
 from llamastate.batch.metrics import __doc__ as documentation
+from llamastate.batch.metrics import serve
 from llamastate.cli import main
-from llamastate.errors import FileAccessError
+from llamastate.errors import FileAccessError, InvalidArgumentError
 from tests import tiny
 from tests.batch.lines import by_id, chat, write
 from tests.children import ROOT
@@ -75,7 +78,7 @@ def test_flags(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert found["b"]["error"]["code"] == "context_length_exceeded"
     assert (folder / "blocks").is_dir()
     assert main(command(folder)) == 1  # another run
-    assert "type_k was 'q8_0', now 'f16'" in capsys.readouterr().err
+    assert "--kv-cache-dtype was 'q8_0', now 'f16'; do them again (--on-change redo)" in capsys.readouterr().err
     assert main(command(folder, "--no-resume", "--flash-attn", "off")) == 0
     assert main(command(folder, "-fa", "on")) == 1
     assert "v_trans was True, now False" in capsys.readouterr().err
@@ -86,9 +89,7 @@ def test_flags(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     [
         ("-i", "none"),
         ("-m", "none"),
-        ("--metrics-port", "99999"),
-        ("--max-num-seqs", "0"),
-        ("--kv-cache-dtype", "f99"),
+        ("--metrics-host", "no such place", "--metrics-port", "0"),
         ("--kv-cache-dtype", "q8_0", "--flash-attn", "off"),
     ],
 )
@@ -96,6 +97,108 @@ def test_errors_are_sentences(folder: Path, words: tuple[str, ...], capsys: pyte
     assert main(command(folder, *words)) == 1
     assert capsys.readouterr().err.startswith("llamastate: ")
     assert not (folder / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("--max-num-seqs", "0"),
+        ("--max-num-seqs", "many"),
+        ("--max-num-batched-tokens", "0"),
+        ("--max-model-len", "10"),
+        ("--ctx-size", "-5"),
+        ("--kv-cache-dtype", "fp8"),
+        ("--threads", "0"),
+        ("--temperature", "-1"),
+        ("--temperature", "nan"),
+        ("--max-tokens", "-1"),
+        ("--metrics-port", "99999"),
+        ("--store-bytes", "10GB"),
+        ("--store-bytes", "1x"),
+        ("--input-file", "in.csv"),
+        ("--output-file", "out.jsonl.gz"),
+        ("--nonsense", "1"),
+    ],
+)
+def test_wrong_usage_names_the_flag(folder: Path, flag: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main([*command(folder), flag, value])
+    assert caught.value.code == 2
+    told = capsys.readouterr().err
+    assert told.startswith("usage: llamastate run-batch")
+    assert flag in told.splitlines()[-1]
+    assert not (folder / "out").exists()
+
+
+def test_sizes_with_units(folder: Path) -> None:
+    assert main(command(folder, "--store", folder / "blocks", "--store-bytes", "10MB")) == 0
+
+
+def test_what_is_wrong_is_found_before_the_model_is_loaded(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (folder / "in").read_bytes()
+    (folder / "list.json").write_text(json.dumps([json.loads(raw) for raw in before.splitlines()], indent=1))
+    for words, status, said in (
+        (("-o", folder / "in"), 2, "input and output are the same file"),
+        (("--no-resume", "-o", folder / "in"), 2, "input and output are the same file"),
+        (("--summary", folder / "in"), 2, "input and summary are the same file"),
+        (("--summary", folder / "list.json"), 1, "is no summary of this command"),
+        (("-i", folder / "list.json"), 1, "JSON Lines"),
+    ):
+        assert main([*command(folder, *words), "-m", "none"]) == status
+        assert said in capsys.readouterr().err
+    assert (folder / "in").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("module", "words"), [("prometheus_client", ("--enable-metrics",)), ("pyarrow", ("-o", "x.parquet"))]
+)
+def test_an_extra_that_is_missing(
+    folder: Path,
+    module: str,
+    words: tuple[str, ...],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    assert main([*command(folder, *words), "-m", "none"]) == 1
+    (told,) = capsys.readouterr().err.splitlines()
+    assert "pip install 'llamastate[" in told
+
+
+def test_streams_that_are_closed(folder: Path) -> None:
+    for end, words in (("<&-", ("-i", "-")), (">&-", ("-o", "-"))):
+        line = shlex.join([sys.executable, "-m", "llamastate", *command(folder, *words)])
+        done = subprocess.run(f"{line} {end}", shell=True, cwd=ROOT, capture_output=True, timeout=60, check=False)
+        assert done.returncode == 1
+        (told,) = done.stderr.decode().splitlines()
+        assert "closed" in told
+    line = shlex.join([sys.executable, "-m", "llamastate", *command(folder, "-o", "-", "-q")])
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(line, shell=True, cwd=ROOT, stdout=writing, stderr=subprocess.PIPE, timeout=60, check=False)
+    os.close(writing)
+    assert done.returncode == 1
+    assert done.stderr.startswith(b"llamastate: nobody reads the output")
+
+
+def test_what_failed_is_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(folder / "in", [chat("a", "the", max_tokens=1), chat("b", "x", echo=1), chat("c", "x", echo=1), b"rubbish\n"])
+    assert main(command(folder)) == 3
+    told = capsys.readouterr().err
+    assert (
+        "errors: 2 unsupported_parameter, 1 invalid_json; the first: line 2: there is no parameter 'echo' here" in told
+    )
+
+
+def test_progress_without_a_terminal() -> None:
+    file = io.StringIO()
+    with contextlib.closing(ProgressBar(file, seconds=30)) as show:
+        for seconds in (0, 29, 31, 45, 62):
+            show(Progress(total=100, done=seconds, generated_tokens=10 * seconds, seconds=seconds))
+    assert file.getvalue() == "31 of 100 done, 10 tok/s, 0% shared\n62 of 100 done, 10 tok/s, 0% shared\n"
+    with contextlib.closing(ProgressBar(file)) as show:
+        show(Progress(seconds=1000))
+    assert file.getvalue().count("\n") == 2
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -160,3 +263,23 @@ def test_metrics(folder: Path) -> None:
         assert 0 <= float(values["llamastate:kv_cache_usage_ratio"]) <= 1
         for name in values:
             assert re.sub(r"({.*|_bucket|_count|_sum|_created)+$", "", name) in str(documentation)
+
+
+def test_metrics_of_one_runner_after_another() -> None:
+    from tests.helpers import model
+
+    registry = CollectorRegistry()
+    made = model("dense", vocab="spm")
+    with BatchRunner(made, n_parallel=1, n_ctx=256, n_threads=1) as one:
+        first = BatchMetrics(one, registry)
+        with BatchRunner(made, n_parallel=1, n_ctx=256, n_threads=1) as other:
+            with pytest.raises(InvalidArgumentError, match="another runner"):
+                BatchMetrics(other, registry)
+            first.close()
+            first.close()
+            second = BatchMetrics(other, registry)
+        third = BatchMetrics(one, registry)  # the other runner is closed
+        second.close()
+        assert registry.get_sample_value("llamastate:num_requests_running") == 0
+        third.close()
+        assert registry.get_sample_value("llamastate:num_requests_running") is None

@@ -183,7 +183,10 @@ def test_response_format() -> None:
         (chat("a", "x", response_format={"type": "json_schema"}), "missing_parameter",
          "response_format.json_schema.schema"),
         (chat("a", "x", response_format={"type": "json_schema", "json_schema": {"schema": {"not": {}}}}),
-         "invalid_parameter", "response_format"),
+         "unsupported_parameter", "response_format"),
+        (b"[", "invalid_json", None),
+        (chat("a", "x", response_format={"type": "json_schema", "json_schema": {"schema": 3}}), "invalid_parameter",
+         "response_format"),
         (chat("a", "x", response_format={"type": "json_object"}, grammar="x"), "invalid_parameter", "grammar"),
         (line("a", "/v1/chat/completions", messages=[]), "invalid_parameter", "messages"),
         (line("a", "/v1/chat/completions", messages=[{"content": "x"}]), "missing_parameter", "messages[0].role"),
@@ -201,6 +204,26 @@ def test_refused(raw: bytes, code: str, param: str | None) -> None:
     assert written["response"] is None
     assert (written["error"]["code"], written["error"]["param"]) == (code, param)
     assert ("line" in written["error"]) == (written["custom_id"] is None)
+
+
+@pytest.mark.parametrize(
+    ("raw", "words"),
+    [
+        (b"[", "line 1: it is a JSON array; what is wanted is JSON Lines, one object on each line"),
+        (b"rubbish", "line 1: it is no JSON: invalid character (byte 0)"),
+        (chat("a", "x", response_format={"type": "json_schema", "json_schema": {"schema": {"properties": {"b": {
+            "type": "string", "pattern": "x"}}}}}),
+         "line 1: JSON schema, at '#/b': the keyword 'pattern' is not supported"),
+    ],
+)  # fmt: skip
+def test_words(raw: bytes, words: str) -> None:
+    found = read_line(raw, 1)
+    if found.error is not None:
+        assert str(found.error) == words
+        return
+    with pytest.raises(InvalidRequestError) as caught:
+        parse(found, Defaults())
+    assert str(caught.value) == words
 
 
 @given(st.binary(max_size=200) | st.text(max_size=100).map(lambda t: b'{"custom_id":"a","url":' + t.encode()))

@@ -17,7 +17,7 @@ import numpy as np
 import psutil
 import pytest
 
-from llamastate.batch import BatchRunner, Defaults, run_batch
+from llamastate.batch import BatchRunner, Defaults, openai, pipeline, run_batch
 from llamastate.errors import (
     BatchChangedError,
     CorruptStateError,
@@ -30,6 +30,7 @@ from llamastate.errors import (
 )
 from tests import children
 from tests.batch.lines import by_id, chat, code, line, read, text, write
+from tests.helpers import model
 
 COMMON = "the and of to in is that it for was "
 
@@ -283,7 +284,8 @@ def test_files_of_others_are_left_alone(runner: BatchRunner, tmp_path: Path, con
         run_batch(source, out, runner=runner)
     assert caught.value.section == "line 1"
     assert out.read_bytes() == content
-    run_batch(source, out, runner=runner, resume=False)  # which is to be said
+    out.unlink()
+    run_batch(source, out, runner=runner)
     data = out.read_bytes()
     out.write_bytes(data + content.rstrip(b"\n") + b"\n")
     with pytest.raises(CorruptStateError):
@@ -442,6 +444,76 @@ def test_an_exception_of_the_callers_loses_nothing(runner: BatchRunner, tmp_path
     assert len(by_id(out)) == 3
     assert run_batch(source, out, runner=runner).skipped == 3
     assert threading.active_count() == 1 or not any("batch-sync" in t.name for t in threading.enumerate())
+
+
+def test_an_unforeseen_error_is_its_requests(runner: BatchRunner, tmp_path: Path, monkeypatch: Any) -> None:
+    deep = {"function": {"name": "f", "arguments": "[" * 50_000 + "]" * 50_000}}
+    messages = [{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": [deep]}]
+    part = {"type": "object", "required": ["a"]}
+    parts = [{**part, "properties": []}, {**part, "properties": {"a": {"const": 1}}}]
+    form = {"type": "json_schema", "json_schema": {"schema": {"oneOf": parts}}}
+    source = write(tmp_path / "in", [
+        *prompts(3), line("deep", "/v1/chat/completions", messages=messages),
+        line("schema", prompt="x", response_format=form),
+        line("unforeseen", prompt="x", user="unforeseen"), line("answer", prompt="x", max_tokens=1),
+    ])  # fmt: skip
+    completion, response = openai._completion, pipeline.response_line
+
+    def parsing(given: Any, *more: Any) -> Any:
+        return 1 // 0 if given.custom_id == "unforeseen" else completion(given, *more)
+
+    def writing(key: str, query: Any, *more: Any) -> bytes:
+        return {}[key] if query.line.custom_id == "answer" else response(key, query, *more)
+
+    monkeypatch.setattr(openai, "_completion", parsing)
+    monkeypatch.setattr(pipeline, "response_line", writing)
+    summary = run_batch(source, tmp_path / "out", runner=runner)
+    codes = {name: code(record) for name, record in by_id(tmp_path / "out").items() if record["error"]}
+    assert codes == {
+        "deep": "invalid_parameter", "schema": "unsupported_parameter", "unforeseen": "internal", "answer": "internal",
+    }  # fmt: skip
+    assert "ZeroDivisionError" in by_id(tmp_path / "out")["unforeseen"]["error"]["message"]
+    assert summary.completed == 3
+    assert summary.errors == {"invalid_parameter": 1, "unsupported_parameter": 1, "internal": 2}
+    assert summary.first_error is not None
+
+
+def test_names_that_no_json_can_hold(runner: BatchRunner, tmp_path: Path) -> None:
+    source = write(tmp_path / "in", prompts(1))
+    run_batch(source, os.fsencode(tmp_path) + b"/o\xff", runner=runner, model_name="m\udcff")
+    (record,) = read(Path(os.fsdecode(os.fsencode(tmp_path) + b"/o\xff")))
+    assert record["response"]["body"]["model"] == "m\\udcff"
+
+
+def test_what_may_change_between_runs(tmp_path: Path) -> None:
+    made = model("dense", vocab="spm")
+    source, out = write(tmp_path / "in", prompts(2)), tmp_path / "out"
+    for n_parallel, done in ((2, 2), (3, 0)):
+        with BatchRunner(made, n_parallel=n_parallel, n_ctx=1024, n_threads=1, fixed_shapes=True) as one:
+            assert run_batch(source, out, runner=one).completed == done
+    with BatchRunner(made, n_parallel=2, n_ctx=1024, n_threads=1) as other, pytest.raises(BatchChangedError) as caught:
+        run_batch(source, out, runner=other)
+    assert (caught.value.field, caught.value.expected, caught.value.found) == ("fixed_shapes", True, False)
+
+
+def test_what_had_no_room_is_tried_again(tmp_path: Path) -> None:
+    made = model("dense", vocab="spm")
+    source, out = write(tmp_path / "in", [
+        chat("short", "the", max_tokens=3, ignore_eos=True), chat("long", "the", max_tokens=400, ignore_eos=True),
+        chat("quotes", 'say "stop_reason":"full"', max_tokens=3),
+    ]), tmp_path / "out"  # fmt: skip
+    with BatchRunner(made, n_parallel=2, n_ctx=256, n_threads=1) as small:
+        first = run_batch(source, out, runner=small)
+    assert (first.completed, first.full) == (3, 1)
+    choice = by_id(out)["long"]["response"]["body"]["choices"][0]
+    assert (choice["finish_reason"], choice["stop_reason"]) == ("length", "full")
+    assert "stop_reason" not in by_id(out)["short"]["response"]["body"]["choices"][0]
+    with BatchRunner(made, n_parallel=2, n_ctx=1024, n_threads=1) as large:
+        again = run_batch(source, out, runner=large)
+        assert (again.skipped, again.full) == (3, 1)
+        again = run_batch(source, out, runner=large, retry_errors=True)
+        assert (again.completed, again.skipped, again.full) == (1, 2, 0)
+    assert by_id(out)["long"]["response"]["body"]["usage"]["completion_tokens"] == 400
 
 
 def test_a_model_by_its_path(tmp_path: Path, tiny_path: Callable[..., Path]) -> None:

@@ -154,6 +154,11 @@ def test_properties_keep_their_order() -> None:
         ({"type": ["string", "integer"], "foo": 1}, "foo"),
         ({"minLength": 3}, "type"),
         ({"a": {1}}, "cannot be read"),
+        ({"oneOf": [{"properties": [], "required": ["a"]}, {"properties": {"a": True}, "required": ["a"]}]}, "oneOf"),
+        ({"oneOf": [{"type": [[]]}, {"type": "string"}]}, ""),
+        ({"enum": 5, "const": 1}, ""),
+        ({"oneOf": [{"required": 5, "properties": {}}, {"required": 5, "properties": {}}]}, ""),
+        ({"$ref": "#/a/b", "a": 5}, ""),
     ],
 )
 def test_refused(schema: Any, words: str) -> None:

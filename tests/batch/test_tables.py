@@ -14,7 +14,7 @@ import pytest
 
 from llamastate.batch import BatchRunner, run_batch, run_rows, run_table
 from llamastate.errors import LoadError, SaveError, StateFileNotFoundError
-from tests.batch.lines import by_id, chat, text, write
+from tests.batch.lines import by_id, chat, line, text, write
 
 PARAMS = {"max_tokens": 4, "temperature": 0.0}
 
@@ -93,6 +93,55 @@ def test_dicts(runner: BatchRunner) -> None:
     assert len(json.loads(by_row[6]["response"])["choices"][0]["logprobs"]["content"][0]["top_logprobs"]) == 2
 
 
+def test_a_bad_row_is_its_own_error(runner: BatchRunner) -> None:
+    deep: Any = "x"
+    for _ in range(100_000):
+        deep = [deep]
+    bad: list[Any] = [
+        5, None, {}, {"tokenized_prompt": 5}, {"tokenized_prompt": "text"}, {"prompt": deep}, {"prompt": b"bytes"},
+        {"prompt": "x", "sampling_params": "[" * 100_000}, {"messages": "[" * 100_000}, {"messages": [5]},
+        {"prompt": "x", "sampling_params": {(1, 2): 2}}, {"prompt": "x", "sampling_params": [1]},
+        {"prompt": float("nan")}, {"prompt": object()},
+    ]  # fmt: skip
+    good = {"prompt": "the", "sampling_params": {"max_tokens": 1}}
+    found = list(run_rows([good, *bad, {**good, "custom_id": "\ud800"}, good], runner))
+    assert len(found) == len(bad) + 3
+    assert sum(row["__inference_error__"] is None for row in found) in (2, 3)
+    assert all(
+        row["__inference_error__"] is None for row in found if row.get("prompt") == "the" and "custom_id" not in row
+    )
+
+
+def test_a_bad_row_of_a_table_is_its_own_error(runner: BatchRunner, tmp_path: Path) -> None:
+    pq.write_table(pa.table({"tokenized_prompt": [5, 6]}), tmp_path / "in.parquet")
+    assert run_table(tmp_path / "in.parquet", tmp_path / "out.parquet", runner=runner).failed == 2
+    asked = {
+        "custom_id": ["1", None, "x"],
+        "prompt": ["the", "and", "of"],
+        "sampling_params": ['{"max_tokens": 1}'] * 3,
+    }
+    pq.write_table(pa.table(asked), tmp_path / "ids.parquet")
+    assert run_table(tmp_path / "ids.parquet", tmp_path / "named.parquet", runner=runner).completed == 3
+    assert pq.read_table(tmp_path / "named.parquet")["custom_id"].to_pylist() == ["1", None, "x"]
+
+
+def test_embeddings(runner: BatchRunner, tmp_path: Path) -> None:
+    lines = [
+        line(f"r{i}", "/v1/embeddings", input=given, encoding_format=form)
+        for i, (given, form) in enumerate([("the", "float"), ("the", "base64"), (["the", "of"], "float")])
+    ]
+    run_table(write(tmp_path / "in.jsonl", lines), tmp_path / "out.parquet", runner=runner)
+    found = pq.read_table(tmp_path / "out.parquet").to_pylist()
+    one, other, several = (np.array(row["embedding"], np.float32) for row in found)
+    assert one.shape == (runner.model.n_embd_out,)
+    np.testing.assert_allclose(one, other, atol=1e-3)
+    np.testing.assert_allclose(one, several, atol=1e-3)
+    data = json.loads(found[2]["response"])["data"]
+    assert len(data) == 2
+    assert len(data[1]["embedding"]) == runner.model.n_embd_out
+    assert json.loads(found[0]["response"])["data"][0]["embedding"] is None
+
+
 def test_faults(runner: BatchRunner, tmp_path: Path) -> None:
     with pytest.raises(StateFileNotFoundError):
         run_table(tmp_path / "none.parquet", tmp_path / "out.parquet", runner=runner)
@@ -106,6 +155,14 @@ def test_faults(runner: BatchRunner, tmp_path: Path) -> None:
     (tmp_path / "out.parquet").mkdir()
     with pytest.raises(SaveError):
         run_table(tmp_path / "in.parquet", tmp_path / "out.parquet", runner=runner)
+    (tmp_path / "out.parquet").rmdir()
+    assert not (tmp_path / "out.parquet.results.jsonl").exists()
+
+    def intrude(_: Any) -> None:
+        (tmp_path / "out.parquet").mkdir(exist_ok=True)
+
+    with pytest.raises(SaveError, match="the results are in"):
+        run_table(tmp_path / "in.parquet", tmp_path / "out.parquet", runner=runner, on_progress=intrude)
     (tmp_path / "out.parquet").rmdir()
     assert run_table(tmp_path / "in.parquet", tmp_path / "out.parquet", runner=runner).skipped == 3
     assert len(pq.read_table(tmp_path / "out.parquet")) == 3
