@@ -396,10 +396,8 @@ class Engine:
             warnings.warn(f"the batch goes on without its prefix store: {error}", RuntimeWarning, stacklevel=2)
         elif not self._store_told:
             self._store_told = True
-            message = (
-                f"the prefix store failed, which costs time only; it is asked again: {error or type(error).__name__}"
-            )
-            warnings.warn(message, RuntimeWarning, stacklevel=2)
+            what = str(error) or type(error).__name__
+            warnings.warn(f"the prefix store failed; it will be asked again: {what}", RuntimeWarning, stacklevel=2)
 
     # --- what comes of a decode ---------------------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -91,7 +91,7 @@ class Parking:
             return False
         return True
 
-    def _file(self, snapshot: Snapshot) -> IO[bytes]:
+    def _file(self, snapshot: Snapshot) -> Any:
         file: Any = tempfile.TemporaryFile(prefix="llamastate-", dir=self._folder, buffering=0)  # noqa: SIM115
         try:
             with memoryview(snapshot) as data:
@@ -110,6 +110,6 @@ def _read(file: Any) -> Snapshot:
     file.seek(0)
     data = np.empty(size, np.uint8)
     done = 0
-    while done < size and (n := file.readinto(memoryview(data)[done:])):
+    while done < size and (n := file.readinto(data[done:])):
         done += n
     return Snapshot.from_buffer(data[:done])

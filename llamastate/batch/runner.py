@@ -152,13 +152,12 @@ class BatchRunner(Closing):
         longest = None if max_model_len is None else _within("max_model_len", max_model_len, 1, 1 << 30)
         reserve = _within("reserve", reserve, 1, 1 << 30)
         self._parking = Parking(_within("preempt_bytes", preempt_bytes, 0, 1 << 62), spill_folder)
-        self._loaded: Model | None = None
-        if isinstance(model, (str, os.PathLike)):
-            model = self._loaded = Model(model)
-        elif not isinstance(model, Model):
-            what = type(model).__name__
-            raise InvalidArgumentError(f"model is {what}: a Model, or the path of one", name="model", value=model)
-        self.model = model
+        self._loaded = Model(model) if isinstance(model, (str, os.PathLike)) else None
+        given: Any = self._loaded or model
+        if not isinstance(given, Model):
+            what = type(given).__name__
+            raise InvalidArgumentError(f"model is {what}: a Model, or the path of one", name="model", value=given)
+        self.model = model = given
         n_seq = n_parallel + n_spare + 1
         params: dict[str, Any] = {"type_k": type_k, "type_v": type_v, "flash_attn": flash_attn, "n_threads": n_threads}
         params.update(n_seq_max=n_seq, n_batch=n_batch, n_ubatch=n_ubatch or n_batch, kv_unified=not fixed_shapes)
@@ -344,7 +343,7 @@ class BatchRunner(Closing):
                     raise
                 if result is end:
                     return
-                yield result
+                yield result  # type: ignore[misc]  # what is not the end is a result
         finally:
             results.close()
             self._unfinished[:0] = lost
