@@ -50,6 +50,7 @@ _FLAGS = {
     "type_k": "--kv-cache-dtype",
     "type_v": "--kv-cache-dtype",
     "flash_attn": "--flash-attn",
+    "fixed_shapes": "--fixed-shapes",
     "n_threads": "--threads",
     "n_gpu_layers": "--gpu-layers",
     "disk_bytes": "--store-bytes",

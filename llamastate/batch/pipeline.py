@@ -266,7 +266,8 @@ class Pending:
         if self.error is not None:
             return self.error
         try:
-            return response_line(self.key, self.query, self.results, names)
+            results = [result for result in self.results if result is not None]
+            return response_line(self.key, self.query, results, names)
         except Exception as error:  # one that cannot be written is no reason to lose the others
             return internal(error)
 

@@ -397,8 +397,8 @@ def _apart(one: dict[str, Any], other: dict[str, Any]) -> bool:
         return not any(value in values[1] for value in values[0])
     if kinds[0] != {"object"} or kinds[1] != {"object"}:
         return False
-    named = [schema.get("properties") for schema in (one, other)]
-    if not isinstance(named[0], dict) or not isinstance(named[1], dict):
+    named = [found for schema in (one, other) if isinstance(found := schema.get("properties"), dict)]
+    if len(named) != 2:
         return False
     for name in set(one.get("required", ())) & set(other.get("required", ())):
         found = [_constants(properties.get(name)) for properties in named]
