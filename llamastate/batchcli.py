@@ -197,25 +197,43 @@ def _heat(text: str) -> float:
     return number
 
 
+def _keep_streams() -> None:
+    """Have nothing that is opened from here on take the number of a standard stream that is closed.
+
+    llama.cpp writes to that of standard error, whatever file it is.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+
+
 def _run(options: argparse.Namespace) -> int:
+    _keep_streams()
     _check_usage(options)
     with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_, **__: print(f"llamastate: {message}", file=sys.stderr)
+        warnings.showwarning = lambda message, *_, **__: _say(str(message))
         try:
             return _answer(options)
         except BrokenPipeError:
             # whoever read the results has gone; Python's own flush at the end would complain
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-            print("llamastate: nobody reads the output any more: not all results were written", file=sys.stderr)
+            _say("nobody reads the output any more: not all results were written")
             return 1
         except ImportError as error:
             if isinstance(error, LlamaStateError) or error.name not in ("pyarrow", "prometheus_client"):
                 raise
-            print(f"llamastate: {error}", file=sys.stderr)
+            _say(str(error))
             return 1
         except (BatchChangedError, OutputMovedError, InvalidArgumentError) as error:
-            print(f"llamastate: {_in_flags(str(error))}", file=sys.stderr)
+            _say(_in_flags(str(error)))
             return 2 if isinstance(error, InvalidArgumentError) and error.name in (*_FLAGS, *_FILES) else 1
+
+
+def _say(words: str) -> None:
+    if sys.stderr is not None:  # print() would take standard output instead
+        print(f"llamastate: {words}", file=sys.stderr)
 
 
 def _in_flags(text: str) -> str:
@@ -287,7 +305,7 @@ def _answer(options: argparse.Namespace) -> int:
         )
         on_result = stack.enter_context(_metrics(options, runner, store)) if metered else None
         bar = None
-        if not options.quiet:
+        if not options.quiet and sys.stderr is not None:
             bar = stack.enter_context(contextlib.closing(ProgressBar(seconds=_EVERY)))
         run: Any = run_table if any(tables) else run_batch
         summary = run(

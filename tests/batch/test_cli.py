@@ -166,6 +166,9 @@ def test_an_extra_that_is_missing(
 
 
 def test_streams_that_are_closed(folder: Path) -> None:
+    shell = shlex.join([sys.executable, "-m", "llamastate", *command(folder, "-o", folder / "unseen")])
+    assert subprocess.run(f"{shell} 2>&-", shell=True, cwd=ROOT, timeout=60, check=False).returncode == 0
+    assert len(by_id(folder / "unseen")) == 10
     for end, words in (("<&-", ("-i", "-")), (">&-", ("-o", "-"))):
         line = shlex.join([sys.executable, "-m", "llamastate", *command(folder, *words)])
         done = subprocess.run(f"{line} {end}", shell=True, cwd=ROOT, capture_output=True, timeout=60, check=False)
