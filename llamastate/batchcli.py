@@ -203,10 +203,10 @@ def _keep_streams() -> None:
     llama.cpp writes to that of standard error, whatever file it is.
     """
     for number in range(3):
-        try:
+        with contextlib.suppress(OSError):
             os.fstat(number)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)
+            continue
+        os.open(os.devnull, os.O_RDWR)
 
 
 def _run(options: argparse.Namespace) -> int:
