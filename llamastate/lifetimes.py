@@ -1,7 +1,8 @@
 """What is still open, so that the interpreter's exit can close it in order.
 
 At exit Python drops objects in no useful order, and a GPU backend that unloads before its contexts are freed crashes.
-Contexts go first, then models; whatever was closed before is not here any more. And :class:`Closing`, which all that
+Stores go first, which may have to write, then contexts, then models; whatever was closed before is not here any more.
+Finalizers that run by themselves at exit would come in between. And :class:`Closing`, which all that
 can be closed have in common.
 """
 
@@ -19,7 +20,7 @@ from llamastate.errors import NotCopyableError
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["Closing", "contexts", "models"]
+__all__ = ["Closing", "contexts", "databases", "models", "stores"]
 
 
 class Closing:
@@ -57,13 +58,15 @@ class _Forkable(_Closable, Protocol):
     forked: bool
 
 
+stores: weakref.WeakSet[_Closable] = weakref.WeakSet()
+databases: weakref.WeakSet[_Closable] = weakref.WeakSet()
 contexts: weakref.WeakSet[_Forkable] = weakref.WeakSet()
 models: weakref.WeakSet[_Closable] = weakref.WeakSet()
 
 
 @atexit.register
 def _close_all() -> None:
-    for item in (*contexts, *models):
+    for item in (*stores, *databases, *contexts, *models):
         # one that cannot be closed must not keep the others open: that is the crash this is here to prevent
         with contextlib.suppress(Exception):
             item.close()

@@ -14,7 +14,7 @@ from itertools import islice
 from typing import Any
 
 from llamastate.clitext import age, bytes_of, count, print_table, size
-from llamastate.errors import FileAccessError, InvalidArgumentError
+from llamastate.errors import FileAccessError, InvalidArgumentError, SaveError
 from llamastate.prefix.disk import DiskTier
 from llamastate.prefix.index import Root, RootUse, Row
 
@@ -127,6 +127,9 @@ def _stats(options: argparse.Namespace) -> int:
 
 def _verify(options: argparse.Namespace) -> int:
     with _opened(options.path) as tier:
+        if options.drop and tier.readonly:
+            reason = "it can only be read"
+            raise SaveError(f"nothing can be removed from {tier.path!r}: {reason}", path=tier.path, reason=reason)
         entries = tier.stats().entries
         damaged = tier.verify(drop=options.drop)
     if options.json:

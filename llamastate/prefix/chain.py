@@ -21,7 +21,7 @@ from llamastate.arrays import Int32Array
 from llamastate.fingerprint import Fingerprint
 from llamastate.layout import Schema
 
-__all__ = ["KEY_BYTES", "anchor_key", "block_keys", "portable", "root_key"]
+__all__ = ["KEY_BYTES", "anchor_key", "block_keys", "pin_name", "portable", "root_key"]
 
 KEY_BYTES = 32
 
@@ -71,3 +71,8 @@ def block_keys(root: bytes, tokens: Int32Array, block_tokens: int) -> list[bytes
 def anchor_key(parent: bytes, tail: Int32Array) -> bytes:
     """The key of a state ``len(tail)`` tokens after the block that ``parent`` names."""
     return blake2b(b"anchor" + parent + tail.astype("<i4", copy=False).tobytes(), digest_size=KEY_BYTES).digest()
+
+
+def pin_name(root: bytes, tokens: Int32Array) -> bytes:
+    """What a pin of these very tokens is called."""
+    return blake2b(b"pin" + root + tokens.astype("<i4", copy=False).tobytes(), digest_size=KEY_BYTES).digest()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import fcntl
 import os
 import sqlite3
@@ -16,8 +17,10 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
+from llamastate import lifetimes
+from llamastate.atomic import fsync_folder
 from llamastate.errors import ClosedError, StoreLockedError, VersionMismatchError
 
 __all__ = ["Database", "holding"]
@@ -45,6 +48,10 @@ class Database:
         Of the tables; kept in ``user_version``.
     fill : callable
         Puts into new tables what is to be in them; how many rows that is.
+    durable : bool
+        Wait for the disk at every transaction.
+    readonly : bool
+        Neither lock nor file can be written: what can be read is read, or else made anew in memory.
 
     Raises
     ------
@@ -54,15 +61,27 @@ class Database:
         It cannot be opened or made.
     """
 
-    def __init__(self, path: str, *, schema: str, version: int, fill: Callable[[sqlite3.Connection], int]) -> None:
+    def __init__(
+        self,
+        path: str,
+        *,
+        schema: str,
+        version: int,
+        fill: Callable[[sqlite3.Connection], int],
+        durable: bool = False,
+        readonly: bool = False,
+    ) -> None:
         self.path = path
+        self.readonly = readonly
+        self._durable = durable
         self._schema, self._version, self._fill = schema, version, fill
         #: How often this process has made the file anew, and found something to fill it with.
         self.refilled = 0
         self._reset()
         self._closed = False
         _open.add(self)
-        self._finalizer = weakref.finalize(self, _close, self._pair)
+        lifetimes.databases.add(self)
+        self._watch()
         self._reopen()
 
     def _reset(self) -> None:
@@ -71,7 +90,9 @@ class Database:
         self._reading = threading.RLock()
         #: The reader, the writer; emptied in place, since the finalizer has it.
         self._pair: list[sqlite3.Connection] = []
-        self._file: tuple[int, int] | None = None
+        self._file: tuple[int, ...] | None = None
+        #: Of a file that cannot be written: whether nobody else can write it either, as far as SQLite is told.
+        self._frozen = False
 
     # --- use ----------------------------------------------------------------------------------------------------------
 
@@ -86,11 +107,16 @@ class Database:
         ------
         StoreLockedError
             Another process kept the database to itself for long; or, if we are not to wait, somebody writes just now.
+        OSError
+            It can only be read.
         """
+        self._check_writable()
         return self._attempt(lambda: self._write(work, wait))
 
     def checkpoint(self) -> None:
         """Move what is in the log into the file, as far as nobody reads it."""
+        if self.readonly:
+            return
 
         def work() -> None:
             with self._writing:
@@ -100,6 +126,7 @@ class Database:
 
     def rebuild(self) -> None:
         """Make the file anew. Others wait."""
+        self._check_writable()
         with self._writing, self._reading, holding(self.path + ".lock"):
             self._check_open()
             self._let_go()
@@ -160,10 +187,20 @@ class Database:
         if self._closed:
             raise ClosedError("the store is closed", what="store")
 
+    def _check_writable(self) -> None:
+        if self.readonly:
+            raise OSError(errno.EROFS, "it can only be read", self.path)
+
     # --- opening ------------------------------------------------------------------------------------------------------
 
     def _is_current(self) -> bool:
-        return self._file is not None and self._file == _identity(self.path)
+        return self._file is not None and self._file in ((), self._identity())
+
+    def _identity(self) -> tuple[int, ...] | None:
+        return _identity(self.path, contents=self._frozen)
+
+    def _lock(self) -> contextlib.AbstractContextManager[object]:
+        return contextlib.nullcontext() if self.readonly else holding(self.path + ".lock")
 
     def _writer(self) -> sqlite3.Connection:
         if not self._is_current():
@@ -171,7 +208,7 @@ class Database:
         return self._pair[1]
 
     def _reopen(self) -> None:
-        with self._writing, self._reading, holding(self.path + ".lock"):
+        with self._writing, self._reading, self._lock():
             if not self._is_current():
                 self._check_open()
                 self._let_go()
@@ -179,15 +216,21 @@ class Database:
 
     def _mend(self) -> None:
         """Make a damaged file anew, unless another process has done so already."""
-        with self._writing, self._reading, holding(self.path + ".lock"):
+        with self._writing, self._reading, self._lock():
             self._check_open()
             moved = not self._is_current()
             self._let_go()
+            if self.readonly:
+                self._remake()
+                return
             if not moved:
                 self._move_aside()
             self._connect()
 
     def _connect(self) -> None:
+        if self.readonly:
+            self._connect_readonly()
+            return
         if _identity(self.path) is None:
             self._make()
         try:
@@ -201,8 +244,34 @@ class Database:
             self._pair += [self._checked(), self._checked()]
         self._file = _identity(self.path)
 
-    def _checked(self) -> sqlite3.Connection:
-        connection = _connect(self.path)
+    def _connect_readonly(self) -> None:
+        # Others may write it, with the logs that SQLite keeps beside it. Where these are not there and cannot be made,
+        # nobody does at the moment.
+        for frozen in (False, True):
+            self._frozen = frozen
+            try:
+                if frozen and _size(self.path + "-wal"):
+                    break  # it would be left out
+                how = "mode=ro&immutable=1" if frozen else "mode=ro"
+                self._pair += [self._checked(how), self._checked(how)]
+                self._file = self._identity()
+                return
+            except sqlite3.Error as error:
+                self._let_go()
+                if is_damage(error):
+                    break
+        self._remake()
+
+    def _remake(self) -> None:
+        """In memory, what cannot be read."""
+        connection = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
+        self._pair += [connection, connection]
+        connection.executescript(self._schema)
+        self.refilled += bool(self._fill(connection))
+        self._file = ()
+
+    def _checked(self, how: str = "mode=rw") -> sqlite3.Connection:
+        connection = _connect(self.path, how)
         try:
             (found,) = connection.execute("PRAGMA user_version").fetchone()
             if found > self._version:
@@ -215,7 +284,7 @@ class Database:
                 )
             if found != self._version:
                 raise sqlite3.DatabaseError(f"no index of version {self._version}")
-            connection.execute("PRAGMA synchronous=NORMAL")
+            connection.execute(f"PRAGMA synchronous={'FULL' if self._durable else 'NORMAL'}")
             connection.execute(f"PRAGMA cache_size=-{CACHE}")
         except BaseException:
             connection.close()
@@ -240,7 +309,7 @@ class Database:
         for left in (f"{self.path}-wal", f"{self.path}-shm", new, f"{new}-journal"):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(left)
-        connection = _connect(new, create=True)
+        connection = _connect(new, "mode=rwc")
         try:
             connection.execute("PRAGMA journal_mode=OFF")
             connection.execute("PRAGMA synchronous=OFF")
@@ -259,6 +328,8 @@ class Database:
         finally:
             os.close(fd)
         os.replace(new, self.path)
+        if self._durable:
+            fsync_folder(os.path.dirname(self.path))
 
     def _after_fork(self) -> None:
         # Neither used nor closed: SQLite's locks belong to the parent, and a thread that is not here may have been
@@ -269,7 +340,12 @@ class Database:
         if finalizer is not None:
             finalizer.detach()
         self._reset()
+        self._watch()
+
+    def _watch(self) -> None:
         self._finalizer = weakref.finalize(self, _close, self._pair)
+        # Not at exit, while a thread may be writing: what is alive then is closed in order.
+        self._finalizer.atexit = False
 
 
 @contextlib.contextmanager
@@ -313,19 +389,27 @@ def _begin(connection: sqlite3.Connection, wait: bool) -> bool:
     return True
 
 
-def _connect(path: str, *, create: bool = False) -> sqlite3.Connection:
+def _connect(path: str, how: str) -> sqlite3.Connection:
     # by URI: a file that is gone must not be made again as an empty one
     name = path.replace("%", "%25").replace("?", "%3f").replace("#", "%23")
-    uri = f"file:{name}?mode={'rwc' if create else 'rw'}"
-    return sqlite3.connect(uri, uri=True, timeout=BUSY, isolation_level=None, check_same_thread=False)
+    return sqlite3.connect(f"file:{name}?{how}", uri=True, timeout=BUSY, isolation_level=None, check_same_thread=False)
 
 
-def _identity(path: str) -> tuple[int, int] | None:
+def _identity(path: str, *, contents: bool = False) -> tuple[int, ...] | None:
     try:
         status = os.stat(path)
     except FileNotFoundError:
         return None
+    if contents:
+        return status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size
     return status.st_dev, status.st_ino
+
+
+def _size(path: str) -> int:
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return 0
 
 
 def _close(pair: list[sqlite3.Connection]) -> None:
@@ -338,9 +422,27 @@ def now() -> int:
     return time.time_ns() // 1000
 
 
+#: Locks that are held while this process forks: SQLite has some of its own for all databases, and a child that was made
+#: while another thread was inside could never get them.
+_paused: list[Any] = []
+#: Seconds that a fork waits for each.
+PAUSE = 1.0
+
+
+def _pause() -> None:
+    for database in list(_open):
+        _paused.extend(lock for lock in (database._writing, database._reading) if lock.acquire(timeout=PAUSE))
+
+
+def _go_on() -> None:
+    while _paused:
+        _paused.pop().release()
+
+
 def _forked() -> None:
+    _paused.clear()
     for database in list(_open):
         database._after_fork()
 
 
-os.register_at_fork(after_in_child=_forked)
+os.register_at_fork(before=_pause, after_in_parent=_go_on, after_in_child=_forked)

@@ -9,6 +9,7 @@ verified whenever it is read.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import sqlite3
 import threading
@@ -22,7 +23,7 @@ from llamastate.errors import (
     BadMagicError,
     ClosedError,
     CorruptStateError,
-    InvalidArgumentError,
+    FileAccessError,
     LlamaStateError,
     SaveError,
     StoreFullError,
@@ -30,6 +31,7 @@ from llamastate.errors import (
     VersionMismatchError,
 )
 from llamastate.prefix import housekeeping
+from llamastate.prefix.checks import at_least, check_share
 from llamastate.prefix.database import now
 from llamastate.prefix.diskstats import DiskCounters, DiskStats
 from llamastate.prefix.entry import Entry, seal
@@ -46,6 +48,9 @@ FILL = 0.95
 #: Seconds, and keys, for which what was used is kept in memory before it is written.
 TOUCH_SECONDS = 5.0
 TOUCH_KEYS = 1 << 16
+
+#: Failures to read that say nothing of the file.
+_PASSING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.EINTR)
 
 _alive: weakref.WeakSet[DiskTier] = weakref.WeakSet()
 
@@ -71,7 +76,7 @@ class DiskTier:
     VersionMismatchError
         A store of a newer version; it is left as it is.
     SaveError
-        The folder cannot be made, read or written.
+        The folder cannot be made or read, or is none.
     CorruptStateError
         ``store.json`` cannot be understood.
 
@@ -79,6 +84,8 @@ class DiskTier:
     -----
     Safe to use from several threads and processes, and after ``fork()``. Readers wait for nobody, except while a lost
     or damaged index is made anew: 256 bytes of every file are read then. Such an index has no pins.
+
+    Where the folder cannot be written, what is there is read, and nothing else done (``readonly``).
     """
 
     def __init__(
@@ -89,31 +96,41 @@ class DiskTier:
         anchor_share: float = 0.5,
         durable: bool = False,
     ) -> None:
-        if not 0 < anchor_share <= 1:
-            raise InvalidArgumentError(
-                f"anchor_share = {anchor_share} is not in (0, 1]", name="anchor_share", value=anchor_share, limit=(0, 1)
-            )
-        if disk_bytes is not None and disk_bytes < 0:
-            raise InvalidArgumentError(
-                f"disk_bytes = {disk_bytes} is below 0", name="disk_bytes", value=disk_bytes, limit=0
-            )
-        self.disk_bytes = disk_bytes
-        self.anchor_share = anchor_share
+        self.disk_bytes = None if disk_bytes is None else at_least("disk_bytes", disk_bytes, 0)
+        self.anchor_share = check_share(anchor_share)
         self._closed = False
         self._warned = False
         self._counters = DiskCounters()
         self._reset()
+        #: Keys of what cannot be read, nor done away with: here it is not there, until it is put again.
+        self._refused: set[bytes] = set()
+        self.readonly = False
         try:
             self.path = os.path.realpath(os.fsdecode(path))
-            self._folder = Folder(self.path, durable=durable)
-            self._index = Index(
-                os.path.join(self.path, "index.sqlite"), lambda: (self._folder.roots(), self._folder.rows())
-            )
+            try:
+                self._open(durable=durable)
+            except (OSError, sqlite3.Error) as error:
+                if not _is_refusal(error) or not os.path.isfile(os.path.join(self.path, "store.json")):
+                    raise
+                self.readonly = True
+                self._open(durable=durable)
         except (OSError, TypeError, ValueError, sqlite3.Error) as error:
             if isinstance(error, LlamaStateError):
                 raise
-            raise SaveError(f"cannot open the store {path!r}: {error}", path=str(path), reason=str(error)) from error
+            reason = _reason(error)
+            raise SaveError(f"cannot open the store {path!r}: {reason}", path=str(path), reason=reason) from error
+        #: When something was used last, as far as is known here: time never goes back, whatever the clock does.
+        self._latest = self._quietly(self._index.newest, 0)
         _alive.add(self)
+
+    def _open(self, *, durable: bool) -> None:
+        self._folder = Folder(self.path, durable=durable, readonly=self.readonly)
+        self._index = Index(
+            os.path.join(self.path, "index.sqlite"),
+            lambda: (self._folder.roots(), self._folder.rows()),
+            durable=durable,
+            readonly=self.readonly,
+        )
 
     def _reset(self) -> None:
         self._lock = threading.Lock()
@@ -125,7 +142,8 @@ class DiskTier:
 
     def known(self, keys: Sequence[bytes]) -> set[bytes]:
         """Which of these are there. One query: about 3 µs a key in an index of a million."""
-        return self._quietly(lambda: self._index.known(keys), set())
+        found: set[bytes] = self._quietly(lambda: self._index.known(keys), set())
+        return found - self._refused if self._refused else found
 
     def tails(self, parent: bytes) -> list[int]:
         """How many tokens after ``parent`` there are anchors, descending, each once."""
@@ -153,12 +171,14 @@ class DiskTier:
         except VersionMismatchError:
             pass  # of a newer package, which shares this folder
         except FileNotFoundError:
-            self._quietly(lambda: self._forget_lost(key), None)
+            if not self.readonly:
+                self._quietly(lambda: self._forget_lost(key), None)
         except (BadMagicError, CorruptStateError):
             self._count(damaged=1)
-            unchanged = housekeeping.unchanged(self._folder, key, seen)
-            self._quietly(lambda: housekeeping.remove(self._folder, self._index, key, unchanged), False)
+            self._forget(key, housekeeping.unchanged(self._folder, key, seen))
         except OSError as error:
+            if error.errno not in _PASSING:
+                self._refused.add(key)
             self._warn(error)
         self._count(reads=1, hits=int(entry is not None), read_bytes=0 if entry is None else entry.nbytes)
         return entry
@@ -170,20 +190,27 @@ class DiskTier:
         ------
         Row
         """
-        return self._index.rows(root)
+        with self._typed(FileAccessError):
+            yield from self._index.rows(root)
 
     def roots(self) -> list[Root]:
         """What has been put, by model and size of blocks, the oldest first."""
-        return self._index.roots()
+        with self._typed(FileAccessError):
+            return self._index.roots()
+
+    def known_roots(self) -> list[Root]:
+        """As :meth:`roots`; none where the index cannot be read."""
+        return self._quietly(self._index.roots, [])
 
     def use(self) -> list[RootUse]:
         """What there is of each root, the oldest first. Looks at every row of the index."""
-        self._check_open()
-        return self._index.use()
+        with self._typed(FileAccessError):
+            return self._index.use()
 
     def stats(self) -> DiskStats:
         """What is there, and what this process has done. Looks at one row."""
-        totals = self._index.totals()
+        with self._typed(FileAccessError):
+            totals = self._index.totals()
         with self._lock:
             return DiskStats(
                 **vars(totals), limit=self.disk_bytes, **vars(self._counters), rebuilt=self._index.database.refilled
@@ -213,21 +240,29 @@ class DiskTier:
 
     def _put(self, entry: Entry) -> bool:
         key = entry.key
-        if self._index.known([key]) and self._folder.identity(key) is not None:
+        refused = key in self._refused
+        if not refused and self._index.known([key]) and self._folder.identity(key) is not None:
             self.touch([key])
             return False
+        if self.readonly:
+            raise OSError(errno.EROFS, "it can only be read", self.path)
         if not entry.sealed:
             seal(entry)
         self._make_room(entry)
+        if refused:
+            # its permissions would go over to the new one
+            self._folder.unlink(key)
         self._folder.write(entry)
         try:
-            new = self._index.add(row_of(entry, now()), lambda: self._still_there(entry))
+            new = self._index.add(row_of(entry, self._now()), lambda: self._still_there(entry))
         except BaseException:
             with contextlib.suppress(LlamaStateError, sqlite3.Error):
                 self._index.without_row([key], self._folder.unlink)
             raise
         # Written now and then: others must not see the beginning of a chain as older than its end for long.
         self.touch([entry.parent])
+        self._refused.discard(key)
+        new = new or refused
         if new:
             self._count(writes=1, written_bytes=entry.nbytes)
         return new
@@ -242,9 +277,8 @@ class DiskTier:
         with contextlib.suppress(OSError):
             status = os.statvfs(self.path)
             available = status.f_bavail * status.f_frsize
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         return StoreFullError(
-            f"{self.path!r} takes no {entry.nbytes} bytes more: {reason}",
+            f"{self.path!r} takes no {entry.nbytes} bytes more: {_reason(error)}",
             path=self.path,
             needed=entry.nbytes,
             available=available,
@@ -266,14 +300,17 @@ class DiskTier:
         def work() -> None:
             if any(known.root == root and known.fingerprint for known in self._index.roots()):
                 return
-            new = Root(root, fingerprint, block_tokens, kind, now())
+            new = Root(root, fingerprint, block_tokens, kind, self._now())
             self._folder.write_root(new)
             self._index.add_root(new)
 
-        self._quietly(work, None)
+        if not self.readonly:
+            self._quietly(work, None)
 
     def touch(self, keys: Iterable[bytes]) -> None:
         """These, and all that they stand on, were of use just now. Remembered, and written every few seconds."""
+        if self.readonly:
+            return
         self._use(keys)
         with self._lock:
             due = time.monotonic() > self._written + TOUCH_SECONDS or len(self._used) > TOUCH_KEYS
@@ -281,9 +318,15 @@ class DiskTier:
             self._try_touches(wait=False)
 
     def _use(self, keys: Iterable[bytes]) -> None:
-        stamp = now()
+        stamp = self._now()
         with self._lock:
             self._used.update(dict.fromkeys(keys, stamp))
+
+    def _now(self) -> int:
+        """Later than whatever was before: a clock that is set back must not make what is used look old."""
+        with self._lock:
+            self._latest = max(now(), self._latest + 1)
+            return self._latest
 
     def _try_touches(self, *, wait: bool) -> None:
         # Somebody is writing: later, then. The disk takes nothing: whoever puts is told.
@@ -303,13 +346,29 @@ class DiskTier:
 
     # --- letting go ---------------------------------------------------------------------------------------------------
 
-    def pin(self, keys: Iterable[bytes]) -> int:
-        """Never evict these, until as many :meth:`unpin`, here or in another process; how many of them are there."""
-        return self._index.pin(keys, 1)
+    def pin(self, name: bytes, n_tokens: int, keys: Sequence[bytes]) -> set[bytes]:
+        """Never evict these, until :meth:`unpin` of that name, here or in another process.
 
-    def unpin(self, keys: Iterable[bytes]) -> int:
-        """Take one :meth:`pin` back; how many of them are there."""
-        return self._index.pin(keys, -1)
+        Parameters
+        ----------
+        name : bytes
+            Any number of pins may have it.
+        n_tokens : int
+            What :meth:`unpin` is to tell.
+        keys : sequence of bytes
+
+        Returns
+        -------
+        set of bytes
+            Those that are not there. Nothing is pinned if there are any.
+        """
+        with self._typed(SaveError):
+            return (set(keys) & self._refused) or self._index.pin(name, n_tokens, keys)
+
+    def unpin(self, name: bytes) -> int:
+        """Take the last :meth:`pin` of a name back; its ``n_tokens``, or 0 if there is none."""
+        with self._typed(SaveError):
+            return self._index.unpin(name)
 
     def evict(self, n_bytes: int) -> int:
         """Let so many bytes go, or a little more; less if all that is left is pinned.
@@ -319,9 +378,9 @@ class DiskTier:
         int
             Bytes freed.
         """
-        if n_bytes < 0:
-            raise InvalidArgumentError(f"n_bytes = {n_bytes} is below 0", name="n_bytes", value=n_bytes, limit=0)
-        return self._evict(n_bytes, None)
+        n_bytes = at_least("n_bytes", n_bytes, 0)
+        with self._typed(SaveError):
+            return self._evict(n_bytes, None)
 
     def _evict(self, n_bytes: int, spare: bytes | None) -> int:
         self._write_touches(wait=True)
@@ -335,6 +394,11 @@ class DiskTier:
             size = sum(nbytes for _, nbytes in gone)
             freed += size
             self._count(evictions=len(gone), evicted_bytes=size)
+        if spare is not None:
+            # another process may have met another clock
+            newest = self._index.newest()
+            with self._lock:
+                self._latest = max(self._latest, newest)
         return freed
 
     def _make_room(self, entry: Entry) -> None:
@@ -359,8 +423,20 @@ class DiskTier:
             )
 
     def drop(self, key: bytes) -> bool:
-        """Remove an entry, pinned or not; whether it was there."""
-        return housekeeping.remove(self._folder, self._index, key)
+        """Remove an entry, pinned or not; whether it was there. If that cannot be done, nobody meets it here again."""
+        return self._forget(key, lambda: True)
+
+    def _forget(self, key: bytes, check: Callable[[], bool]) -> bool:
+        self._refused.add(key)
+        if self.readonly:
+            return False
+
+        def work() -> bool:
+            gone = housekeeping.remove(self._folder, self._index, key, check)
+            self._refused.discard(key)
+            return gone
+
+        return self._quietly(work, False)
 
     def _forget_lost(self, key: bytes) -> None:
         if self._index.known([key]):
@@ -374,14 +450,15 @@ class DiskTier:
         Parameters
         ----------
         drop : bool
-            Remove what is damaged.
+            Remove what is damaged, unless the store can only be read.
 
         Returns
         -------
         list of Damaged
             Files of newer versions are not; rows whose file is gone are.
         """
-        found = housekeeping.verify(self._folder, self._index, drop=drop)
+        with self._typed(FileAccessError):
+            found = housekeeping.verify(self._folder, self._index, drop=drop and not self.readonly)
         self._count(damaged=len(found))
         return found
 
@@ -393,23 +470,26 @@ class DiskTier:
         Lists all files. Reads those that have no row.
         """
         self._check_open()
-        self._write_touches(wait=True)
-        return housekeeping.gc(self._folder, self._index)
+        with self._typed(SaveError):
+            self._write_touches(wait=True)
+            return housekeeping.gc(self._folder, self._index)
 
     def rebuild(self) -> None:
         """Make the index anew from the files. Pins are kept if the old one can be read. Others wait meanwhile."""
-        pins: dict[bytes, int] = {}
-        with contextlib.suppress(sqlite3.Error):
-            pins.update((row.key, row.pinned) for row in self._index.rows() if row.pinned)
-        self._index.database.rebuild()
-        for key, count in pins.items():
-            self._index.pin([key], count)
+        pins = []
+        with self._typed(SaveError):
+            with contextlib.suppress(sqlite3.Error):
+                pins = self._index.pins()
+            self._index.database.rebuild()
+            self._index.add_pins(pins)
 
     def flush(self) -> None:
         """Write down what was used, and move the index's log into its file."""
         self._check_open()
         self._try_touches(wait=True)
-        self._quietly(self._index.database.checkpoint, None)
+        # What cannot be moved is safe where it is.
+        with contextlib.suppress(StoreLockedError, sqlite3.Error, OSError):
+            self._index.database.checkpoint()
 
     def close(self) -> None:
         """:meth:`flush`, and let go. Idempotent."""
@@ -423,6 +503,20 @@ class DiskTier:
         return f"<llamastate.prefix.DiskTier {self.path!r}>"
 
     # --- helpers ------------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _typed(self, kind: type[FileAccessError | SaveError]) -> Iterator[None]:
+        """What cannot be passed over, by an error that says where."""
+        self._check_open()
+        try:
+            yield
+        except (sqlite3.Error, OSError) as error:
+            if isinstance(error, LlamaStateError):
+                raise
+            reason = _reason(error)
+            message = f"the store {self.path!r} does not work as it should: {reason}"
+            code = {"code": error.errno if isinstance(error, OSError) else None} if kind is FileAccessError else {}
+            raise kind(message, path=self.path, reason=reason, **code) from error
 
     def _quietly(self, work: Callable[[], T], otherwise: T) -> T:
         """What must not fail because of the disk: a store that cannot be read is an empty one."""
@@ -448,6 +542,17 @@ class DiskTier:
         with self._lock:
             for name, n in by.items():
                 setattr(self._counters, name, getattr(self._counters, name) + n)
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Whether somebody may read what he may not write."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.EROFS, errno.EACCES, errno.EPERM)
+    return "readonly" in str(error)
+
+
+def _reason(error: Exception) -> str:
+    return error.strerror if isinstance(error, OSError) and error.strerror else str(error)
 
 
 def _forked() -> None:

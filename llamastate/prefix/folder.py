@@ -13,19 +13,22 @@ Files are written beside their place and renamed into it, and never change after
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from dataclasses import fields as dataclass_fields
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from llamastate.atomic import litter_of, write_atomically
+from llamastate.atomic import fsync_folder, litter_of, write_atomically
 from llamastate.errors import CorruptStateError, LoadError, VersionMismatchError
 from llamastate.prefix.chain import KEY_BYTES
+from llamastate.prefix.database import now
 from llamastate.prefix.entry import HEADER_BYTES, Entry, read, read_header
 from llamastate.prefix.index import Root, Row
 
@@ -37,6 +40,9 @@ SUFFIX = ".llblk"
 _NAME = re.compile(r"(?P<key>[0-9a-f]{64})\.llblk")
 #: How often a file is begun whose folder, or which itself, somebody else has tidied away meanwhile.
 _TRIES = 3
+
+#: What a root's fields are made of.
+_ROOT = Root(b"")
 
 #: Gives at least so many bytes, contiguous, to be written to.
 Allocate = Callable[[int], npt.NDArray[np.uint8]]
@@ -62,6 +68,8 @@ class Folder:
         Made if it is not there.
     durable : bool
         Wait for the disk at every file.
+    readonly : bool
+        Make nothing that is not there.
 
     Raises
     ------
@@ -73,17 +81,33 @@ class Folder:
         It cannot be made, read or written.
     """
 
-    def __init__(self, path: str, *, durable: bool) -> None:
+    def __init__(self, path: str, *, durable: bool, readonly: bool = False) -> None:
         self.path = path
         self.blocks = os.path.join(path, "blocks")
         self.roots_path = os.path.join(path, "roots")
         self._durable = durable
+        if not readonly:
+            self._make(self.path)
         self._check_format()
-        os.makedirs(self.blocks, exist_ok=True)
-        os.makedirs(self.roots_path, exist_ok=True)
+        if not readonly:
+            self._make(self.blocks)
+            self._make(self.roots_path)
+
+    def _make(self, folder: str) -> None:
+        """Make a folder, and those it is in; with ``durable``, so that it stays."""
+        if os.path.isdir(folder):
+            return
+        parent = os.path.dirname(folder)
+        self._make(parent)
+        try:
+            os.mkdir(folder)
+        except FileExistsError:
+            if not os.path.isdir(folder):
+                raise NotADirectoryError(errno.ENOTDIR, "it is not a folder", folder) from None
+        if self._durable:
+            fsync_folder(parent)
 
     def _check_format(self) -> None:
-        os.makedirs(self.path, exist_ok=True)
         path = os.path.join(self.path, "store.json")
         try:
             with open(path, "rb") as file:
@@ -145,7 +169,7 @@ class Folder:
         path = self.file(entry.key)
         for left in reversed(range(_TRIES)):
             try:
-                os.makedirs(os.path.dirname(path), exist_ok=True)
+                self._make(os.path.dirname(path))
                 write_atomically(path, [entry.image.data], durable=self._durable)
                 return
             except FileNotFoundError:  # noqa: PERF203 - tidied away by another process
@@ -161,8 +185,12 @@ class Folder:
 
     def unlink(self, key: bytes) -> None:
         """Remove the file of an entry, if there is one."""
-        with contextlib.suppress(OSError):
-            os.unlink(self.file(key))
+        path = self.file(key)
+        try:
+            os.unlink(path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.rmdir(path)  # no file, but in its way
 
     def bucket(self, first: int) -> Bucket:
         """The files of keys that begin with this byte."""
@@ -185,12 +213,14 @@ class Folder:
 
         Reads 256 bytes of each. What the rest of them holds is verified whenever they are read.
         """
+        latest = now()
         for first in range(256):
             for key, size in self.bucket(first).files.items():
                 with contextlib.suppress(OSError, LoadError), open(self.file(key), "rb", buffering=0) as file:
                     entry = read_header(file.read(HEADER_BYTES))
                     if entry.key == key and sum(entry.bounds[-1]) == size:
-                        yield row_of(entry, os.fstat(file.fileno()).st_mtime_ns // 1000, size)
+                        # no file is from the future, whatever the clock said when it was written
+                        yield row_of(entry, min(os.fstat(file.fileno()).st_mtime_ns // 1000, latest), size)
 
     # --- roots --------------------------------------------------------------------------------------------------------
 
@@ -200,7 +230,9 @@ class Folder:
         for entry in _scan(self.roots_path):
             with contextlib.suppress(OSError, ValueError, TypeError, KeyError), open(entry.path, "rb") as file:
                 fields: dict[str, Any] = json.load(file)
-                found.append(Root(**{**fields, "root": bytes.fromhex(fields["root"])}))
+                root = Root(**{**fields, "root": bytes.fromhex(fields["root"])})
+                if all(type(getattr(root, f.name)) is type(getattr(_ROOT, f.name)) for f in dataclass_fields(root)):
+                    found.append(root)
         return iter(sorted(found, key=lambda root: root.created))
 
     def write_root(self, root: Root) -> None:

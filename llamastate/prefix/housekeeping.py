@@ -131,7 +131,7 @@ def _adopt(folder: Folder, index: Index, key: bytes, size: int, has_row: bool, c
             raise FileNotFoundError
 
     with contextlib.suppress(FileNotFoundError):
-        counts["adopted"] += index.add(row_of(entry, seen[1] // 1000 if seen else now()), check)
+        counts["adopted"] += index.add(row_of(entry, min(seen[1] // 1000, now()) if seen else now()), check)
 
 
 def _unlink(path: str, counts: dict[str, int]) -> int:

@@ -18,7 +18,7 @@ from llamastate.prefix.entry import Kind
 
 __all__ = ["VERSION", "Index", "Root", "RootUse", "Row", "Totals"]
 
-VERSION = 1
+VERSION = 2
 
 # Rows stand in the order in which they came, and their keys in an index of their own: the lookup of a prefix reads
 # that index only. Totals are kept by triggers: nothing ever adds a million rows up.
@@ -35,6 +35,11 @@ CREATE TABLE entries (
 CREATE INDEX by_use ON entries (used, start DESC) WHERE pinned = 0;
 CREATE INDEX anchors_by_use ON entries (used, start DESC) WHERE pinned = 0 AND kind = 2;
 CREATE INDEX anchors ON entries (parent, tail) WHERE kind = 2;
+CREATE TABLE pins (id INTEGER PRIMARY KEY, name BLOB NOT NULL, tokens INTEGER NOT NULL);
+CREATE INDEX pins_by_name ON pins (name);
+CREATE TABLE pinned (pin INTEGER NOT NULL, key BLOB NOT NULL);
+CREATE INDEX pinned_by_pin ON pinned (pin);
+CREATE INDEX pinned_by_key ON pinned (key);
 CREATE TABLE totals (blocks INTEGER, anchors INTEGER, bytes INTEGER, anchor_bytes INTEGER, pinned_bytes INTEGER);
 INSERT INTO totals VALUES (0, 0, 0, 0, 0);
 CREATE TRIGGER added AFTER INSERT ON entries BEGIN
@@ -78,6 +83,8 @@ WITH RECURSIVE t(tail) AS (
     WHERE t.tail IS NOT NULL
 ) SELECT tail FROM t WHERE tail IS NOT NULL
 """
+
+_NEWEST = "SELECT used FROM entries WHERE pinned = 0 ORDER BY used DESC LIMIT 1"
 
 _ANCESTORS = """
 WITH RECURSIVE up(key) AS (SELECT ?1 UNION SELECT e.parent FROM up JOIN entries e ON e.key = up.key)
@@ -180,6 +187,8 @@ class Index:
     path : str
     scan : callable
         ``scan()`` gives the roots and the rows that are to be in a new index.
+    durable, readonly : bool
+        As for :class:`~llamastate.prefix.database.Database`.
 
     Raises
     ------
@@ -189,14 +198,21 @@ class Index:
         Of every method that writes.
     """
 
-    def __init__(self, path: str, scan: Callable[[], tuple[Iterable[Root], Iterable[Row]]]) -> None:
+    def __init__(
+        self,
+        path: str,
+        scan: Callable[[], tuple[Iterable[Root], Iterable[Row]]],
+        *,
+        durable: bool = False,
+        readonly: bool = False,
+    ) -> None:
         def fill(connection: sqlite3.Connection) -> int:
             roots, rows = scan()
             for root in roots:
                 _add_root(connection, root)
             return insert(connection, rows)
 
-        self.database = Database(path, schema=SCHEMA, version=VERSION, fill=fill)
+        self.database = Database(path, schema=SCHEMA, version=VERSION, fill=fill, durable=durable, readonly=readonly)
 
     # --- looking ------------------------------------------------------------------------------------------------------
 
@@ -218,6 +234,11 @@ class Index:
     def totals(self) -> Totals:
         """What all entries come to; a look at one row."""
         return self.database.read(_totals)
+
+    def newest(self) -> int:
+        """When an entry was last of use, of those that may go; 0 if there is none."""
+        found = self.database.read(lambda c: c.execute(_NEWEST).fetchone())
+        return 0 if found is None else int(found[0])
 
     def rows(self, root: bytes | None = None, *, batch: int = 512) -> Iterator[Row]:
         """All rows, in the order in which they came. What is added or removed meanwhile may or may not be seen."""
@@ -337,11 +358,60 @@ class Index:
         if order:
             self.database.write(work, wait=wait)
 
-    def pin(self, keys: Iterable[bytes], by: int) -> int:
-        """Count the pins of keys up or down; how many of them are there."""
-        keys = list(keys)
-        query = "UPDATE entries SET pinned = max(0, pinned + ?) WHERE key = ?"
-        return self.database.write(lambda c: sum(c.execute(query, (by, key)).rowcount for key in keys))
+    def pin(self, name: bytes, n_tokens: int, keys: Sequence[bytes]) -> set[bytes]:
+        """Keep these, under a name, until :meth:`unpin`; also those that are lost and come again.
+
+        Returns
+        -------
+        set of bytes
+            Those that are not there. Nothing is pinned if there are any.
+        """
+
+        def work(connection: sqlite3.Connection) -> set[bytes]:
+            missing = set(keys) - _known(connection, keys)
+            if not missing:
+                _pin(connection, name, n_tokens, keys)
+            return missing
+
+        return self.database.write(work)
+
+    def unpin(self, name: bytes) -> int:
+        """Take back what was pinned last under a name; its tokens, or 0 if there is nothing of that name."""
+
+        def work(connection: sqlite3.Connection) -> int:
+            last = connection.execute(
+                "SELECT id, tokens FROM pins WHERE name = ? ORDER BY id DESC LIMIT 1", (name,)
+            ).fetchone()
+            if last is None:
+                return 0
+            keys = connection.execute("SELECT key FROM pinned WHERE pin = ?", (last[0],)).fetchall()
+            connection.executemany("UPDATE entries SET pinned = pinned - 1 WHERE key = ?", keys)
+            connection.execute("DELETE FROM pinned WHERE pin = ?", (last[0],))
+            connection.execute("DELETE FROM pins WHERE id = ?", (last[0],))
+            return int(last[1])
+
+        return self.database.write(work)
+
+    def pins(self) -> list[tuple[bytes, int, list[bytes]]]:
+        """Name, tokens and keys of every pin, the oldest first."""
+
+        def work(connection: sqlite3.Connection) -> list[tuple[bytes, int, list[bytes]]]:
+            query = "SELECT key FROM pinned WHERE pin = ?"
+            return [
+                (name, n, [key for (key,) in connection.execute(query, (number,))])
+                for number, name, n in connection.execute("SELECT id, name, tokens FROM pins ORDER BY id").fetchall()
+            ]
+
+        return self.database.read(work)
+
+    def add_pins(self, pins: Iterable[tuple[bytes, int, Sequence[bytes]]]) -> None:
+        """Pin again what :meth:`pins` told, whether it is there or not."""
+
+        def work(connection: sqlite3.Connection) -> None:
+            for name, n_tokens, keys in pins:
+                _pin(connection, name, n_tokens, keys)
+
+        self.database.write(work)
 
     def close(self) -> None:
         """Idempotent."""
@@ -357,11 +427,20 @@ def insert(connection: sqlite3.Connection, rows: Iterable[Row]) -> int:
         for r in rows:
             if r.root not in roots:
                 roots[r.root] = _root_id(connection, r.root)
-            yield (r.key, r.parent, roots[r.root], int(r.kind), r.start, r.tail, r.nbytes, r.used, r.pinned)
+            yield (r.key, r.parent, roots[r.root], int(r.kind), r.start, r.tail, r.nbytes, r.used)
 
+    # what was lost and comes again is pinned as it was
     query = "INSERT OR IGNORE INTO entries (key, parent, root, kind, start, tail, nbytes, used, pinned) VALUES "
-    cursor = connection.executemany(query + "(?, ?, ?, ?, ?, ?, ?, ?, ?)", values())
+    query += "(?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, (SELECT count(*) FROM pinned WHERE key = ?1))"
+    cursor = connection.executemany(query, values())
     return cursor.rowcount if cursor.rowcount >= 0 else connection.total_changes - before
+
+
+def _pin(connection: sqlite3.Connection, name: bytes, n_tokens: int, keys: Iterable[bytes]) -> None:
+    number = connection.execute("INSERT INTO pins (name, tokens) VALUES (?, ?)", (name, n_tokens)).lastrowid
+    each = [(key,) for key in dict.fromkeys(keys)]
+    connection.executemany("INSERT INTO pinned (pin, key) VALUES (?, ?)", [(number, key) for (key,) in each])
+    connection.executemany("UPDATE entries SET pinned = pinned + 1 WHERE key = ?", each)
 
 
 def _root_id(connection: sqlite3.Connection, root: bytes) -> int:

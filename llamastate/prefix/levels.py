@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import threading
 import warnings
@@ -14,7 +15,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from llamastate.errors import LlamaStateError, StoreFullError
+from llamastate import lifetimes
+from llamastate.errors import StoreFullError
 from llamastate.prefix.ahead import into, read_ahead
 from llamastate.prefix.behind import WriteBehind
 from llamastate.prefix.entry import Entry, seal
@@ -29,6 +31,8 @@ __all__ = ["Levels"]
 
 #: Keys of which it is known that they were read from the disk; about 150 bytes each.
 REMEMBERED = 1 << 16
+#: Entries that may wait for a slow remote place; about 300 bytes each while they are on disk.
+FAR = 1 << 14
 
 _alive: weakref.WeakSet[Levels] = weakref.WeakSet()
 
@@ -56,11 +60,15 @@ class Levels:
         self._lock = threading.Lock()
         self._warned = False
         self._used: OrderedDict[bytes, bool] = OrderedDict()
-        self._behind: WriteBehind | None = None
-        if write_behind and (disk is not None or remote is not None):
-            # not a bound method: the thread must not keep what it writes for alive
-            self._behind = WriteBehind(_writer(weakref.ref(self)))
+        self.closed = False
+        below = write_behind and (disk is not None or remote is not None)
+        self._behind = WriteBehind("llamastate-store") if below else None
+        self._far = WriteBehind("llamastate-far") if below and disk is not None and remote is not None else None
+        #: In the order in which entries pass through them.
+        self._queues = [queue for queue in (self._behind, self._far) if queue is not None]
+        weakref.finalize(self, _end, self._queues).atexit = False
         _alive.add(self)
+        lifetimes.stores.add(self)
 
     def _after_fork(self) -> None:
         # A thread that is not here may have been inside, and what waits to be written is the parent's to write.
@@ -176,10 +184,11 @@ class Levels:
                 # Everything in memory waits for the disk. Waiting as well would hold up decoding.
                 self._counters.add(dropped=1)
                 raise
-            if new:
-                self._behind.submit(entry)
-            else:
+            if not new:
                 self.ram.release([entry.key])
+            elif not self._behind.submit(functools.partial(self._write_behind, entry)):
+                self.ram.release([entry.key])
+                self._counters.add(dropped=1)
             return
         if self.disk is None and self.remote is None:
             self.ram.put(entry)
@@ -190,28 +199,81 @@ class Levels:
 
     def _write(self, entry: Entry) -> None:
         seal(entry)
-        if self.disk is not None:
-            self.disk.put(entry)
-        if self.remote is not None:
-            self.remote.put(entry)
-
-    def _write_quietly(self, entry: Entry) -> None:
-        """What the thread does: it has nobody to tell."""
         try:
-            self._write(entry)
-        except (LlamaStateError, OSError) as error:
-            self._counters.add(dropped=1)
-            self.complain(error)
+            if self.disk is not None:
+                self.disk.put(entry)
         finally:
+            # what the disk refuses may be had from there
+            if self.remote is not None:
+                self.remote.put(entry)
+
+    def _write_behind(self, entry: Entry) -> None:
+        """Write what is held in memory, in the thread."""
+        disk = self.disk
+        if disk is None:
+            self._send(entry.key, entry)
+            return
+        written = self._attempt(lambda: disk.put(entry))
+        sent = False
+        if self._far is not None:
+            # What is on disk needs no memory until its turn comes, however slow the place is.
+            work = functools.partial(self._send, entry.key, None if written else entry)
+            sent = self._far.submit(work, limit=FAR)
+            if not sent:
+                self._attempt(_too_many)
+        if written or not sent:
             self.ram.release([entry.key])
 
-    def complain(self, error: Exception) -> None:
+    def _send(self, key: bytes, entry: Entry | None) -> None:
+        """Write to the remote place what is held in memory, or what is on disk."""
+
+        def work() -> None:
+            found = entry or self.ram.get(key) or (None if self.disk is None else self.disk.get(key))
+            if found is None:
+                raise _gone()
+            seal(found)
+            assert self.remote is not None
+            self.remote.put(found)
+
+        self._attempt(work)
+        if entry is not None:
+            self.ram.release([key])
+
+    def _attempt(self, work: Callable[[], object]) -> bool:
+        """Do what nobody waits for; whether it went well. Whatever is raised, all that is lost is one entry."""
+        try:
+            work()
+        except BaseException as error:
+            self._counters.add(dropped=1)
+            # the warning may be an error: there is nobody here to meet it
+            with contextlib.suppress(BaseException):
+                self.complain(error)
+            return False
+        return True
+
+    def complain(self, error: BaseException) -> None:
         """Say once that the store is full; inference goes on without it."""
         with self._lock:
             if self._warned:
                 return
             self._warned = True
         warnings.warn(f"the prefix store takes no more: {error}", RuntimeWarning, stacklevel=4)
+
+    def pin(self, name: bytes, n_tokens: int, keys: Sequence[bytes]) -> set[bytes]:
+        """Keep these on disk, or in memory if there is no disk; see :meth:`RamTier.pin`."""
+        near = self.ram if self.disk is None else self.disk
+        self.flush(far=False)
+        there = near.known(keys)
+        for key in keys:
+            entry = None if key in there else self.fetch(key)
+            if entry is not None and self.disk is not None:
+                with contextlib.suppress(StoreFullError):
+                    self.disk.put(entry)
+        return near.pin(name, n_tokens, keys)
+
+    def unpin(self, name: bytes) -> int:
+        """Take the last :meth:`pin` of a name back; its tokens."""
+        return (self.ram if self.disk is None else self.disk).unpin(name)
 
     def drop(self, key: bytes) -> None:
         """Forget an entry whose bytes are wrong."""
@@ -220,31 +282,48 @@ class Levels:
         if self.disk is not None:
             self.disk.drop(key)
 
-    def flush(self) -> None:
-        """Wait until everything that was put is written."""
-        if self._behind is not None:
-            self._behind.flush()
+    @property
+    def waiting(self) -> int:
+        """How many entries are on their way."""
+        return sum(queue.waiting for queue in self._queues)
+
+    def flush(self, *, far: bool = True) -> None:
+        """Wait until everything that was put is written, or at least what goes to the first level below."""
+        for queue in self._queues if far else self._queues[:1]:
+            queue.flush()
         if self.disk is not None:
             self.disk.flush()
 
     def close(self) -> None:
-        """Write what is waiting, and let go."""
-        if self._behind is not None:
-            self._behind.close()
-        if self.disk is not None:
-            self.disk.close()
-        if self.remote is not None:
-            self.remote.close()
-        self.ram.close()
+        """Write what is waiting, and let go; the remote place is whoever's made it. Idempotent."""
+        with self._lock:
+            first, self.closed = not self.closed, True
+        for queue in self._queues:
+            queue.close()  # also waits for a thread that is closing this
+        if first:
+            if self.disk is not None:
+                self.disk.close()
+            self.ram.close()
+
+    def abandon(self, name: str) -> None:
+        """Nobody has closed this, and nobody can any more: write what is waiting all the same."""
+        waiting = self.waiting
+        if waiting and not self.closed:
+            self._queues[0].submit(self.close)
+            warnings.warn(f"{name} was not closed: {waiting} entries wait", ResourceWarning, stacklevel=2)
 
 
-def _writer(levels: weakref.ref[Levels]) -> Callable[[Entry], None]:
-    def write(entry: Entry) -> None:
-        alive = levels()
-        if alive is not None:
-            alive._write_quietly(entry)
+def _too_many() -> None:
+    raise StoreFullError(f"{FAR} entries wait for the remote place", needed=1, available=0)
 
-    return write
+
+def _gone() -> StoreFullError:
+    return StoreFullError("an entry had to leave the disk before the remote place took it", needed=1, available=0)
+
+
+def _end(queues: Sequence[WriteBehind]) -> None:
+    for queue in queues:
+        queue.end()
 
 
 def _forked() -> None:

@@ -39,6 +39,7 @@ class RamTier:
         self._lock = threading.Lock()
         self._entries: OrderedDict[bytes, Entry] = OrderedDict()
         self._held: Counter[bytes] = Counter()
+        self._pins: dict[bytes, list[tuple[int, list[bytes]]]] = {}
         self._tails: dict[bytes, Counter[int]] = {}
         self._lent = 0
 
@@ -80,10 +81,39 @@ class RamTier:
                 self._tails.setdefault(entry.parent, Counter())[entry.tail] += 1
             return True
 
-    def hold(self, keys: Iterable[bytes]) -> None:
-        """Keep these, whether they are there already or come later, until :meth:`release`."""
+    def pin(self, name: bytes, n_tokens: int, keys: Sequence[bytes]) -> set[bytes]:
+        """Keep these until :meth:`unpin` of that name.
+
+        Parameters
+        ----------
+        name : bytes
+            Any number of pins may have it.
+        n_tokens : int
+            What :meth:`unpin` is to tell.
+        keys : sequence of bytes
+
+        Returns
+        -------
+        set of bytes
+            Those that are not there. Nothing is pinned if there are any.
+        """
         with self._lock:
-            self._held.update(keys)
+            missing = {key for key in keys if key not in self._entries}
+            if not missing:
+                self._held.update(keys)
+                self._pins.setdefault(name, []).append((n_tokens, list(keys)))
+            return missing
+
+    def unpin(self, name: bytes) -> int:
+        """Take the last :meth:`pin` of a name back; its ``n_tokens``, or 0 if there is none."""
+        with self._lock:
+            if name not in self._pins:
+                return 0
+            n_tokens, keys = self._pins[name].pop()
+            if not self._pins[name]:
+                del self._pins[name]
+        self.release(keys)
+        return n_tokens
 
     def release(self, keys: Iterable[bytes]) -> None:
         """Take one :meth:`hold` back."""
@@ -111,13 +141,23 @@ class RamTier:
             if key in self._entries:
                 self._remove(key)
 
-    def clear(self) -> int:
-        """Forget everything that is not held; how many bytes that was."""
+    def evict(self, n_bytes: int | None = None) -> int:
+        """Let so many bytes go, or a little more, or everything that is not held; how many those were."""
         with self._lock:
             before = self.nbytes
-            for key in [k for k in self._entries if not self._held.get(k)]:
-                self._remove(key)
+            self._let_go(before if n_bytes is None else n_bytes)
             return before - self.nbytes
+
+    @contextlib.contextmanager
+    def using(self, keys: Sequence[bytes], *, hold: bool) -> Iterator[set[bytes]]:
+        """Which of these are not there; those that are stay for a while, if they are to be held."""
+        with self._lock:
+            there = {key for key in keys if key in self._entries}
+            self._held.update(there if hold else ())
+        try:
+            yield set(keys) - there
+        finally:
+            self.release(there if hold else ())
 
     @contextlib.contextmanager
     def lend(self, nbytes: int) -> Iterator[None]:
@@ -137,6 +177,7 @@ class RamTier:
             self._entries.clear()
             self._tails.clear()
             self._held.clear()
+            self._pins.clear()
             self.nbytes = self.anchor_bytes = 0
 
     def _hold(self, key: bytes, hold: bool) -> None:
@@ -156,14 +197,16 @@ class RamTier:
             )
 
     def _shrink(self, extra: int = 0) -> None:
-        excess = self.nbytes - max(0, self.capacity - self._lent - extra)
+        self._let_go(self.nbytes - max(0, self.capacity - self._lent - extra))
+
+    def _let_go(self, nbytes: int) -> None:
         victims = []
         for key, entry in self._entries.items():
-            if excess <= 0:
+            if nbytes <= 0:
                 break
             if not self._held.get(key):
                 victims.append(key)
-                excess -= entry.nbytes
+                nbytes -= entry.nbytes
                 self.evicted_bytes += entry.nbytes
         for key in victims:
             self._remove(key)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+import weakref
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -13,37 +14,36 @@ import numpy.typing as npt
 
 from llamastate.arrays import TokensLike, as_index, as_tokens
 from llamastate.errors import (
-    ClosedError,
-    CorruptStateError,
     InvalidArgumentError,
     InvalidSequenceError,
-    LayoutMismatchError,
+    LoadError,
+    NotEnoughCellsError,
     StoreFullError,
     TokensMismatchError,
 )
 from llamastate.flags import SeqFlags
 from llamastate.params import I32
 from llamastate.prefix.chain import anchor_key, block_keys, portable, root_key
+from llamastate.prefix.checks import MOST_TOKENS, at_least, check_context, check_share, check_tier
 from llamastate.prefix.entry import Entry, Kind, build, size_of
+from llamastate.prefix.keeping import Keeping
 from llamastate.prefix.levels import Levels
 from llamastate.prefix.match import Chain, Match, find
 from llamastate.prefix.ram import RamTier
 from llamastate.prefix.rows import Placer, RowReader, place_of, take_partial
 from llamastate.prefix.source import AnchorState, of_session
-from llamastate.prefix.stats import Counters, PrefixStats
+from llamastate.prefix.stats import Counters
 from llamastate.prefix.tiers import Tier
 from llamastate.sessioncore import SessionCore
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
-
     from llamastate.context import Context
-    from llamastate.prefix.disk import Damaged, DiskTier, Reclaimed
+    from llamastate.prefix.disk import DiskTier
 
 __all__ = ["PrefixStore"]
 
 
-class PrefixStore:
+class PrefixStore(Keeping):
     """Blocks of KV rows, shared by everything that begins alike.
 
     Parameters
@@ -59,7 +59,8 @@ class PrefixStore:
     anchor_share : float
         The part of ``disk_bytes`` that states of sliding windows and recurrent models may take, in ``(0, 1]``.
     remote : Tier, optional
-        A place beyond the disk, such as :class:`~llamastate.prefix.RemoteTier`.
+        A place beyond the disk, such as :class:`~llamastate.prefix.RemoteTier`. Stores may share it: whoever made it
+        closes it, after them.
     write_behind : bool
         Write to disk and remote in a thread; :meth:`flush` waits for it.
     durable : bool
@@ -93,21 +94,22 @@ class PrefixStore:
         write_behind: bool = True,
         durable: bool = False,
     ) -> None:
-        self.block_tokens = _at_least("block_tokens", block_tokens, 1)
-        ram_bytes = _at_least("ram_bytes", ram_bytes, 0)
+        self.block_tokens = at_least("block_tokens", block_tokens, 1, MOST_TOKENS)
+        ram_bytes = at_least("ram_bytes", ram_bytes, 0)
+        check_share(anchor_share)
+        check_tier(remote)
         self.path = None if path is None else os.fspath(path)
         self._ram = RamTier(ram_bytes)
         self._disk: DiskTier | None = None
         if path is not None:
             from llamastate.prefix.disk import DiskTier
 
-            limit = None if disk_bytes is None else _at_least("disk_bytes", disk_bytes, 0)
-            self._disk = DiskTier(path, disk_bytes=limit, anchor_share=anchor_share, durable=durable)
+            self._disk = DiskTier(path, disk_bytes=disk_bytes, anchor_share=anchor_share, durable=durable)
         self._counters = Counters()
         self._levels = Levels(self._ram, self._disk, remote, write_behind=write_behind, counters=self._counters)
         self._roots: dict[str, bytes] = {}
         self._last_root: tuple[bytes, str] | None = None
-        self._closed = False
+        weakref.finalize(self, self._levels.abandon, repr(self)).atexit = False
 
     # --- putting in ---------------------------------------------------------------------------------------------------
 
@@ -149,6 +151,7 @@ class PrefixStore:
             else:
                 if seq_id is None or tokens is None:
                     raise InvalidArgumentError("a context needs seq_id and tokens", name="tokens", value=tokens)
+                check_context(source, "source")
                 ctx, seq, given, anchors = source, seq_id, tokens, []
             self._check_open()
             stack.enter_context(ctx._handle)
@@ -254,22 +257,20 @@ class PrefixStore:
         -----
         Reads no block. About 1 µs a block for the hashes, and one query of the index.
         """
+        chain = self._chain_for(tokens, ctx)
+        return 0 if chain is None else find(self._levels, chain, self.block_tokens).n_tokens
+
+    def _chain_for(self, tokens: TokensLike, ctx: Context | None) -> Chain | None:
         self._check_open()
         if ctx is not None:
-            return find(self._levels, self._chain(ctx, tokens), self.block_tokens).n_tokens
-        root = self._only_root()
-        if root is None:
-            return 0
-        return find(self._levels, self._chain_of(root, tokens), self.block_tokens).n_tokens
-
-    def _chain_of(self, root: tuple[bytes, str], tokens: TokensLike) -> Chain:
-        ids = as_tokens(tokens, I32)
-        return Chain(root[0], block_keys(root[0], ids, self.block_tokens), ids, root[1])
+            return self._chain(ctx, tokens)
+        ids, root = as_tokens(tokens, I32), self._only_root()
+        return None if root is None else Chain(root[0], block_keys(root[0], ids, self.block_tokens), ids, root[1])
 
     def _only_root(self) -> tuple[bytes, str] | None:
         if self._last_root is not None or self._disk is None:
             return self._last_root
-        roots = [r for r in self._disk.roots() if r.block_tokens == self.block_tokens]
+        roots = [r for r in self._disk.known_roots() if r.block_tokens == self.block_tokens]
         if len(roots) > 1:
             raise InvalidArgumentError(
                 f"the store holds blocks of {len(roots)} models or settings: say which, by ctx", name="ctx", value=None
@@ -277,6 +278,7 @@ class PrefixStore:
         return (roots[0].root, roots[0].kind) if roots else None
 
     def _chain(self, ctx: Context, tokens: TokensLike) -> Chain:
+        check_context(ctx)
         ids = as_tokens(tokens, ctx.model.n_vocab)
         kind = ctx.schema.kind
         fingerprint = ctx.fingerprint
@@ -333,10 +335,11 @@ class PrefixStore:
         recurrent state. With full attention the last token can be decoded again.
         """
         self._check_open()
+        check_context(ctx)
         with ctx._handle:
             began = time.perf_counter()
             chain = self._chain(ctx, tokens)
-            limit = len(chain.ids) if max_tokens is None else _at_least("max_tokens", max_tokens, 0)
+            limit = len(chain.ids) if max_tokens is None else at_least("max_tokens", max_tokens, 0)
             self._counters.add(queries=1, query_tokens=len(chain.ids))
             bad: set[bytes] = set()
             while True:
@@ -359,17 +362,20 @@ class PrefixStore:
         size, place = self.block_tokens, place_of(ctx.schema)
         ids = chain.ids.astype("<i4", copy=False).tobytes()
         anchor = None
-        if match.anchor is not None:
-            anchor = self._levels.fetch(match.anchor)
-            if anchor is None or not _holds(anchor, ids, match.n_blocks * size, match.anchor_end):
-                bad.add(match.anchor)
-                return None
         keys = chain.keys[1 : match.n_blocks + 1] if place.has_rows else []
         nbytes = size_of([4 * size, place.rows_bytes(size), 0, 0])
         with contextlib.ExitStack() as stack:
+            # what goes for the sake of this load is never what is to be loaded, if it is nowhere else
+            wanted = [*keys, match.anchor or b""]
+            missing = stack.enter_context(self._ram.using(wanted, hold=self._disk is None))
+            if match.anchor is not None:
+                anchor = self._levels.fetch(match.anchor)
+                if anchor is None or not _holds(anchor, ids, match.n_blocks * size, match.anchor_end):
+                    bad.add(match.anchor)
+                    return None
             placer = Placer(ctx, seq_id)
             if placer.needs_room:
-                stack.enter_context(self._ram.lend(len(keys) * nbytes))
+                stack.enter_context(self._ram.lend(sum(key in missing for key in keys) * nbytes))
             blocks = self._levels.fetch_run(keys, nbytes, keep=placer.needs_room)
             stack.enter_context(contextlib.closing(blocks))
             entry = anchor
@@ -384,7 +390,10 @@ class PrefixStore:
                     return None
                 entry = anchor or entry
                 n = placer.finish(anchor)
-            except (CorruptStateError, LayoutMismatchError):
+            except NotEnoughCellsError:
+                placer.abandon()
+                raise
+            except LoadError:
                 # sound bytes that are no state of this context: nobody ought to meet them again
                 placer.abandon()
                 assert entry is not None
@@ -402,110 +411,11 @@ class PrefixStore:
         logits = None if anchor is None or n > match.n_tokens else anchor.logits
         return min(n, match.n_tokens), None if logits is None else logits.copy()
 
-    # --- keeping house ------------------------------------------------------------------------------------------------
-
-    def pin(self, tokens: TokensLike, *, ctx: Context | None = None) -> int:
-        """Keep the stored prefix of these tokens, whatever else has to go; until as many :meth:`unpin`.
-
-        Returns
-        -------
-        int
-            How many tokens are pinned: as :meth:`lookup`.
-        """
-        n, keys = self._keys_of(tokens, ctx)
-        self._ram.hold(keys)
-        if self._disk is not None:
-            self.flush()
-            self._disk.pin(keys)
-        return n
-
-    def unpin(self, tokens: TokensLike, *, ctx: Context | None = None) -> int:
-        """Take one :meth:`pin` back; how many tokens that was."""
-        n, keys = self._keys_of(tokens, ctx)
-        self._ram.release(keys)
-        if self._disk is not None:
-            self._disk.unpin(keys)
-        return n
-
-    def _keys_of(self, tokens: TokensLike, ctx: Context | None) -> tuple[int, list[bytes]]:
-        self._check_open()
-        if ctx is not None:
-            chain = self._chain(ctx, tokens)
-        else:
-            root = self._only_root()
-            if root is None:
-                return 0, []
-            chain = self._chain_of(root, tokens)
-        match = find(self._levels, chain, self.block_tokens)
-        keys = chain.keys[1 : match.n_blocks + 1] if chain.kind != "recurrent" else []
-        return match.n_tokens, [*keys, *([match.anchor] if match.anchor else [])]
-
-    def evict(self, n_bytes: int | None = None) -> int:
-        """Let go what was used least recently: so many bytes, or everything that is not pinned.
-
-        Returns
-        -------
-        int
-            Bytes freed, on disk if there is one, else in memory.
-        """
-        self.flush()
-        freed = self._ram.clear() if n_bytes is None or self._disk is None else 0
-        if self._disk is None:
-            return freed
-        return self._disk.evict(self._disk.stats().bytes if n_bytes is None else n_bytes)
-
-    def flush(self) -> None:
-        """Wait until everything that was put is written."""
-        self._check_open()
-        self._levels.flush()
-
-    def stats(self) -> PrefixStats:
-        """What the store holds and what it has done in this process."""
-        self._check_open()
-        disk = None if self._disk is None else self._disk.stats()
-        # any tier may be beyond the disk; ours counts
-        count = getattr(self._levels.remote, "stats", None)
-        return self._counters.stats(self._ram, disk, None if count is None else count())
-
-    def verify(self, *, drop: bool = True) -> list[Damaged]:
-        """Read every file and check every byte; the damaged ones, which are dropped unless told otherwise."""
-        self.flush()
-        return [] if self._disk is None else self._disk.verify(drop=drop)
-
-    def gc(self) -> Reclaimed | None:
-        """Mend what crashes have left: rows without a file, files without a row, temporary ones."""
-        self.flush()
-        return None if self._disk is None else self._disk.gc()
-
-    def close(self) -> None:
-        """Write what is waiting, and let go. Idempotent."""
-        if self._closed:
-            return
-        self._closed = True
-        self._levels.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
-
     def __repr__(self) -> str:
         where = "memory" if self.path is None else repr(self.path)
         return f"<llamastate.PrefixStore in {where}, blocks of {self.block_tokens} tokens>"
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise ClosedError("the store is closed", what="store")
 
 
 def _holds(entry: Entry, ids: bytes, start: int, end: int) -> bool:
     """Whether an entry holds these very tokens at this place; ``ids`` are all of them as little-endian int32."""
     return entry.start == start and entry.tokens.tobytes() == ids[4 * start : 4 * end]
-
-
-def _at_least(name: str, value: object, limit: int) -> int:
-    number = as_index(value, name, InvalidArgumentError)
-    if number < limit:
-        raise InvalidArgumentError(f"{name} = {number} is below {limit}", name=name, value=number, limit=limit)
-    return number

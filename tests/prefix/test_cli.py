@@ -105,7 +105,7 @@ def test_gc(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     entries = chain(20)
     for entry in entries:
         tier.put(entry)
-    tier.pin([entries[0].key])
+    tier.pin(b"name", 8, [entries[0].key])
     file_of(tier, entries[19]).unlink()
     tier._index.remove([entries[18].key])
     facts = json.loads(run(capsys, "gc", tmp_path, "--json"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -17,6 +18,7 @@ from llamastate.errors import (
     SaveError,
     StoreFullError,
 )
+from llamastate.prefix import disk
 from llamastate.prefix.disk import DiskTier
 from llamastate.prefix.entry import Kind, build
 from tests import children
@@ -66,7 +68,7 @@ def test_it_is_all_there_the_next_time(tmp_path: Path):
     for entry in entries:
         with_old.put(entry)
     with_old.add_root(ROOT, '{"a": 1}', SIZE, "dense")
-    with_old.pin([entries[0].key])
+    with_old.pin(b"name", 8, [entries[0].key])
     with_old.close()
     again = DiskTier(tmp_path)
     assert again.known([e.key for e in entries]) == {e.key for e in entries}
@@ -97,7 +99,7 @@ def test_drop(tier: DiskTier):
     entry = block()
     assert not tier.drop(entry.key)
     tier.put(entry)
-    tier.pin([entry.key])
+    tier.pin(b"name", 8, [entry.key])
     assert tier.drop(entry.key)
     assert tier.get(entry.key) is None
     assert not files(tier)
@@ -171,16 +173,18 @@ def test_pins_are_honoured(tmp_path: Path):
     entries = [block(seed=i) for i in range(6)]
     for entry in entries[:4]:
         tier.put(entry)
-    assert tier.pin([e.key for e in entries[:3]]) == 3
+    assert tier.pin(b"three", 3, [e.key for e in entries[:3]]) == set()
+    assert tier.pin(b"five", 5, [entries[3].key, b"nothing"]) == {b"nothing"}
     other = DiskTier(tmp_path)  # another process would see them too
     assert other.evict(10**9) == entries[3].nbytes
     other.close()
     tier.put(entries[4])
-    tier.pin([entries[4].key])
+    tier.pin(b"one", 1, [entries[4].key])
     with pytest.raises(StoreFullError):
         tier.put(entries[5])
     assert tier.known([e.key for e in entries]) == {e.key for e in (*entries[:3], entries[4])}
-    assert tier.unpin([entries[0].key, b"nothing"]) == 1
+    assert [tier.unpin(b"three") for _ in range(2)] == [3, 0]
+    assert tier.unpin(b"five") == 0
     assert tier.put(entries[5])
     assert entries[0].key not in tier.known([entries[0].key])
     tier.close()
@@ -272,6 +276,7 @@ def test_the_index_is_full(tier: DiskTier):
 LIMIT = """
 import resource, sys
 from llamastate.errors import StoreFullError
+from llamastate.prefix import disk
 from llamastate.prefix.disk import DiskTier
 from tests.prefix.entries import block
 tier = DiskTier(sys.argv[1])
@@ -312,12 +317,15 @@ def test_files_that_may_not_grow(tmp_path: Path):
 
 def test_a_folder_that_cannot_be_one(tmp_path: Path):
     (tmp_path / "file").write_text("x")
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(SaveError, match="not a folder"):
+            DiskTier(path)
     with pytest.raises(SaveError) as caught:
         DiskTier(tmp_path / "file")
     assert caught.value.path == str(tmp_path / "file")
     with pytest.raises(SaveError):
         DiskTier(tmp_path / "nul\0")
-    for share in (0, -1, 1.5):
+    for share in (0, -1, 1.5, float("nan"), "half"):
         with pytest.raises(InvalidArgumentError):
             DiskTier(tmp_path / "x", anchor_share=share)
     with pytest.raises(InvalidArgumentError):
@@ -366,16 +374,16 @@ def test_two_writers_keep_one(tier: DiskTier):
 
 def test_its_folder_goes_while_it_is_written(tier: DiskTier, monkeypatch: pytest.MonkeyPatch):
     """As a gc() of another process does with an empty one."""
-    real = os.makedirs
+    real = os.mkdir
     gone: list[str] = []
 
-    def makedirs(path: str, *args: object, **options: object) -> None:
+    def mkdir(path: str, *args: object, **options: object) -> None:
         real(path, *args, **options)
         if not gone:
             gone.append(path)
             os.rmdir(path)
 
-    monkeypatch.setattr(os, "makedirs", makedirs)
+    monkeypatch.setattr(os, "mkdir", mkdir)
     assert tier.put(block())
     assert gone
     assert tier.get(block().key) is not None
@@ -383,6 +391,7 @@ def test_its_folder_goes_while_it_is_written(tier: DiskTier, monkeypatch: pytest
 
 FORK = """
 import os, sys
+from llamastate.prefix import disk
 from llamastate.prefix.disk import DiskTier
 from tests.prefix.entries import block
 tier = DiskTier(sys.argv[1])
@@ -408,19 +417,81 @@ def test_fork(tmp_path: Path):
     assert (result.returncode, result.stdout) == (0, "done\n"), result.stderr
 
 
-def test_durable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """The contents and the name of every entry, and the log of the index, reach the disk."""
-    tier = DiskTier(tmp_path, durable=True)
-    synced: list[str] = []
+@pytest.mark.parametrize("durable", [True, False])
+def test_durable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, durable: bool):
+    """What is in an entry, and every name on the way to it, reach the disk before its row does; then so does that."""
+    synced: set[str] = set()
     real = os.fsync
-    monkeypatch.setattr(
-        os, "fsync", lambda fd: (synced.append(os.path.basename(os.readlink(f"/proc/self/fd/{fd}"))), real(fd))
-    )
-    tier.put(block())
-    name = block().key.hex()
-    assert [s.startswith(f".{name}") or s == name[:2] for s in synced] == [True, True]
-    tier.flush()
+
+    def fsync(fd: int) -> None:
+        path = os.readlink(f"/proc/self/fd/{fd}")
+        real(fd)
+        synced.add(path)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    path = tmp_path / "a" / "store"
+    tier = DiskTier(path, durable=durable)
+    entry = block()
+    before: set[str] = set()
+    add = tier._index.add
+    monkeypatch.setattr(tier._index, "add", lambda *args: (before.update(synced), add(*args))[1])
+    tier.put(entry)
+    folders = {str(tmp_path), str(tmp_path / "a"), str(path), str(path / "blocks"), str(file_of(tier, entry).parent)}
+    assert (folders <= before) is durable
+    assert any(f".{entry.key.hex()}" in name for name in before) is durable
+    # of the connection that writes: 2 waits for the disk at every transaction, 1 only now and then
+    level = tier._index.database.write(lambda c: c.execute("PRAGMA synchronous").fetchone()[0])
+    assert level == (2 if durable else 1)
     tier.close()
+
+
+def test_the_clock_is_set_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """What was used while it was wrong is not kept for ever, and new entries do not push out each other."""
+    ahead = 10 * 365 * 86400 * 10**6
+    right = disk.now
+    monkeypatch.setattr(disk, "now", lambda: right() + ahead)
+    tier = limited(tmp_path, 6)
+    old = [block(seed=i) for i in range(6)]
+    for entry in old:
+        tier.put(entry)
+    monkeypatch.setattr(disk, "now", right)
+    for again in (False, True):
+        if again:
+            tier.close()
+            tier = limited(tmp_path, 6)
+        for turn in range(3):
+            new = [block(seed=("new", again, turn, i)) for i in range(4)]
+            for entry in new:
+                tier.put(entry)
+                tier.touch([new[0].key])
+            assert tier.known([e.key for e in new]) == {e.key for e in new}
+    assert not tier.known([e.key for e in old])
+    tier.close()
+
+
+def test_another_process_met_another_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    tier, other = limited(tmp_path, 4), limited(tmp_path, 4)
+    right = disk.now
+    monkeypatch.setattr(disk, "now", lambda: right() + 10**12)
+    for i in range(4):
+        other.put(block(seed=i))
+    monkeypatch.setattr(disk, "now", right)
+    new = [block(seed=("new", i)) for i in range(3)]
+    for entry in new:
+        tier.put(entry)
+    assert tier.known([e.key for e in new]) == {e.key for e in new}
+    tier.close()
+    other.close()
+
+
+def test_files_from_the_future(tmp_path: Path):
+    with contextlib.closing(DiskTier(tmp_path)) as tier:
+        entries = [block(seed=i) for i in range(3)]
+        for entry in entries:
+            tier.put(entry)
+            os.utime(file_of(tier, entry), (4e9, 4e9))
+        tier.rebuild()
+        assert all(row.used <= disk.now() for row in tier.entries())
 
 
 def test_closed(tmp_path: Path):

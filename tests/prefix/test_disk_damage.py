@@ -214,7 +214,7 @@ def test_the_index_is_made_anew(tmp_path: Path, how: str):
     for entry in entries:
         tier.put(entry)
     tier.add_root(ROOT, "{}", SIZE, "iswa")
-    tier.pin([entries[0].key])
+    tier.pin(b"name", 8, [entries[0].key])
     before = {row.key: row for row in tier.entries()}
     flip_header = file_of(tier, entries[7])
     data = bytearray(flip_header.read_bytes())

@@ -128,22 +128,40 @@ def test_anchors_first_while_they_take_too_much(index: Index):
 
 def test_pins(index: Index):
     add(index, row(0), row(1), row(2, kind=Kind.ANCHOR))
-    assert index.pin([key(0), key(0), key(2), key("nothing")], 1) == 3
+    assert index.pin(b"a", 24, [key(0), key(2)]) == set()
+    assert index.pin(b"a", 8, [key(0)]) == set()
+    assert index.pin(b"b", 16, [key(0), key("nothing")]) == {key("nothing")}
     assert index.totals().pinned_bytes == 200
+    assert index.pins() == [(b"a", 24, [key(0), key(2)]), (b"a", 8, [key(0)])]
     assert index.evict(10**9, anchor_share=0.1) == [(key(1), 100)]
-    assert index.pin([key(0)], -1) == 1
+    assert [index.unpin(name) for name in (b"b", b"a")] == [0, 8]  # the last one
     assert index.evict(10**9, anchor_share=0.1) == []
-    index.pin([key(0), key(0)], -1)
+    assert index.unpin(b"a") == 24
     assert index.find(key(0)).pinned == 0
-    assert index.evict(10**9, anchor_share=0.1) == [(key(0), 100)]
-    index.remove([key(2)])
+    assert index.unpin(b"a") == 0
+    assert sorted(index.evict(10**9, anchor_share=0.1)) == sorted([(key(0), 100), (key(2), 100)])
     assert index.totals() == Totals(0, 0, 0, 0, 0)
+
+
+def test_what_comes_again_is_pinned_as_it_was(index: Index):
+    add(index, row(0), row(1))
+    for name in (b"a", b"b"):
+        index.pin(name, 16, [key(0), key(1)])
+    index.remove([key(0)])
+    assert index.totals().pinned_bytes == 100
+    assert index.unpin(b"a") == 16
+    add(index, row(0))
+    assert index.find(key(0)).pinned == index.find(key(1)).pinned == 1
+    assert index.totals().pinned_bytes == 200
+    index.unpin(b"b")
+    assert index.totals().pinned_bytes == 0
+    assert index.pins() == []
 
 
 def test_totals_are_what_the_rows_come_to(index: Index):
     chance = random.Random(1)
     there: set[int] = set()
-    for step in range(300):
+    for step in range(400):
         i = chance.randrange(40)
         what = chance.randrange(4)
         if what < 2:
@@ -154,7 +172,7 @@ def test_totals_are_what_the_rows_come_to(index: Index):
             assert len(index.remove([key(i)])) == (i in there)
             there.discard(i)
         else:
-            index.pin([key(i)], chance.choice((1, -1)))
+            index.pin(bytes([i % 3]), 8, [key(i)]) if chance.random() < 0.6 else index.unpin(bytes([i % 3]))
         rows = list(index.rows())
         assert index.totals() == Totals(
             sum(r.kind == Kind.BLOCK for r in rows),
@@ -172,6 +190,7 @@ def test_no_question_looks_at_every_row(index: Index):
     statements = [
         module._known_query(64),
         module._TAILS,
+        module._NEWEST,
         module._ANCESTORS,
         "SELECT id, key, nbytes, kind FROM entries WHERE pinned = 0 ORDER BY used, start DESC LIMIT 1",
         "SELECT id, key, nbytes, kind FROM entries WHERE pinned = 0 AND kind = 2 ORDER BY used, start DESC LIMIT 1",
@@ -217,12 +236,12 @@ def reborn() -> tuple[list[Root], list[Row]]:
 def test_a_newer_one_is_left_alone(path: str):
     Index(path, lambda: ((), ())).close()
     with sqlite3.connect(path) as connection:
-        connection.execute("PRAGMA user_version=2")
+        connection.execute("PRAGMA user_version=3")
     connection.close()
     before = Path(path).read_bytes()
     with pytest.raises(VersionMismatchError) as caught:
         Index(path, reborn)
-    assert (caught.value.expected, caught.value.found, caught.value.path) == (1, 2, path)
+    assert (caught.value.expected, caught.value.found, caught.value.path) == (2, 3, path)
     assert Path(path).read_bytes() == before
 
 

@@ -209,6 +209,25 @@ def test_memory_is_bounded():
             assert none.put(ctx, 0, IDS) == 0
 
 
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_memory_with_room_for_one_prefix_gives_it_again_and_again(kind, way):
+    """Also where a load puts the whole state together: what is loaded never goes for the load's own sake."""
+    if (kind, way) not in PAIRS:
+        pytest.skip("no attention")
+    with context(kind, **WAYS[way]) as ctx, store() as probe:
+        fill(probe, ctx)
+        with store(ram_bytes=probe.stats().ram_bytes) as kept:
+            kept.put(ctx, 0, IDS[:130])
+            ctx.clear()
+            for _ in range(2):
+                n = kept.load(ctx, 0, IDS)
+                assert n == kept.lookup(IDS) == (128 if ctx.schema.kind == "attention" else 130)
+            assert kept.stats().ram_evicted == 0
+            ctx.decode(IDS[n:])
+            assert_same_logits(ctx.logits(), from_scratch(kind, way, IDS, [*ENDS, n]))
+
+
 def test_pinned_entries_stay():
     with context("dense", **WAYS["unified"]) as ctx, store() as probe:
         ctx.decode(IDS[:64])
@@ -256,6 +275,81 @@ def test_bad_arguments():
         with pytest.raises(InvalidArgumentError):
             PrefixStore(None, block_tokens=0)
         assert ctx.seq_pos_max(0) == 19
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"block_tokens": 1 << 31},
+        {"block_tokens": 1.5},
+        {"anchor_share": 7},
+        {"anchor_share": 0},
+        {"anchor_share": float("nan")},
+        {"anchor_share": "half"},
+        {"ram_bytes": -1},
+        {"ram_bytes": "1GB"},
+        {"remote": "s3://bucket"},
+    ],
+    ids=str,
+)
+def test_options_that_cannot_be(options, tmp_path):
+    for path in (None, tmp_path / "s"):
+        with pytest.raises(InvalidArgumentError) as caught:
+            PrefixStore(path, **options)
+        assert caught.value.name in options
+    assert not (tmp_path / "s").exists()
+
+
+def test_what_is_no_context():
+    with store() as kept:
+        for call in (
+            lambda: kept.put(5, 0, IDS),
+            lambda: kept.put(None, 0, IDS),
+            lambda: kept.load(None, 0, IDS),
+            lambda: kept.load_with_logits("x", 0, IDS),
+            lambda: kept.lookup(IDS, ctx="x"),
+            lambda: kept.pin(IDS, ctx=3),
+            lambda: kept.unpin(IDS, ctx=3),
+        ):
+            with pytest.raises(InvalidArgumentError, match="not a Context"):
+                call()
+
+
+@pytest.mark.parametrize("where", ["memory", "disk"])
+def test_evict_so_many_bytes(tmp_path, where):
+    """No more than are asked for, but for the rest of a block; the end of a chain first."""
+    with (
+        context("dense", **WAYS["unified"]) as ctx,
+        PrefixStore(None if where == "memory" else tmp_path, block_tokens=BLOCK) as kept,
+    ):
+        ctx.decode(IDS)
+        kept.put(ctx, 0, IDS)
+        kept.load(ctx, 1, IDS)
+        size = kept.stats().ram_bytes // 9
+        assert kept.evict(0) == 0
+        assert kept.evict(1) == size
+        assert kept.evict(size + 1) == 2 * size
+        if where == "memory":
+            assert kept.lookup(IDS) == 6 * BLOCK
+            assert kept.stats().ram_evicted == 3
+        for bad in (-5, 1.5, "x"):
+            with pytest.raises(InvalidArgumentError):
+                kept.evict(bad)
+        assert kept.evict() == 6 * size
+        assert kept.lookup(IDS) == 0
+
+
+def test_stores_share_a_remote_place():
+    """Whoever made it closes it."""
+    from llamastate.prefix import RemoteTier
+
+    far = RemoteTier("memory://shared-by-stores")
+    with context("dense", **WAYS["unified"]) as ctx, store(remote=far) as kept:
+        ctx.decode(IDS)
+        with store(remote=far) as other:
+            other.put(ctx, 0, IDS)
+        assert kept.load(ctx, 1, IDS) == 144
+    far.close()
 
 
 def test_moved_positions_are_not_stored():
