@@ -76,6 +76,11 @@ class Levels:
         self._counters.reset_lock()
         self.ram.forget()
 
+    @property
+    def lowest(self) -> bool:
+        """Whether what has to leave memory is lost."""
+        return self.disk is None and self.remote is None
+
     def _all(self) -> Iterator[Tier | RamTier]:
         yield self.ram
         if self.disk is not None:

@@ -150,14 +150,15 @@ class RamTier:
 
     @contextlib.contextmanager
     def using(self, keys: Sequence[bytes], *, hold: bool) -> Iterator[set[bytes]]:
-        """Which of these are not there; those that are stay for a while, if they are to be held."""
+        """Which of these are not there; all of them stay for a while, if they are to be held, also those that come."""
+        held = list(keys) if hold else []
         with self._lock:
-            there = {key for key in keys if key in self._entries}
-            self._held.update(there if hold else ())
+            missing = {key for key in keys if key not in self._entries}
+            self._held.update(held)
         try:
-            yield set(keys) - there
+            yield missing
         finally:
-            self.release(there if hold else ())
+            self.release(held)
 
     @contextlib.contextmanager
     def lend(self, nbytes: int) -> Iterator[None]:

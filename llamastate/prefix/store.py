@@ -173,13 +173,15 @@ class PrefixStore(Keeping):
             anchors = [*anchors, AnchorState(n, None, None)]
         reader = RowReader(ctx, seq)
         stored = 0
-        try:
-            for span in self._new_blocks(chain, reader):
-                stored += span
-            for anchor in anchors:
-                stored += self._put_anchor(ctx, seq, chain, anchor, reader)
-        except StoreFullError as error:
-            self._levels.complain(error)
+        # where there is nothing but memory, the beginning of a chain does not go for its end
+        with self._ram.using(chain.keys, hold=self._levels.lowest):
+            try:
+                for span in self._new_blocks(chain, reader):
+                    stored += span
+                for anchor in anchors:
+                    stored += self._put_anchor(ctx, seq, chain, anchor, reader)
+            except StoreFullError as error:
+                self._levels.complain(error)
         self._counters.add(stored_tokens=stored)
         return stored
 

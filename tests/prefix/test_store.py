@@ -202,9 +202,18 @@ def test_memory_is_bounded():
         probe.put(ctx, 0, IDS)
         size = probe.stats().ram_bytes // probe.stats().ram_entries
         with store(ram_bytes=5 * size) as kept:
-            kept.put(ctx, 0, IDS)
+            kept.put(ctx, 0, IDS[:48])
+            with pytest.warns(RuntimeWarning, match="takes no more"):
+                assert kept.put(ctx, 0, IDS) == 2 * BLOCK
             assert kept.stats().ram_bytes <= 5 * size
             assert kept.stats().ram_entries == 5
+            # not the end, which nobody would find without the beginning
+            assert kept.lookup(IDS) == kept.load(ctx, 1, IDS) == 5 * BLOCK
+            # and what others put drives it out
+            others = tokens(48, seed=9)
+            ctx.decode(others, seq_id=2)
+            assert kept.put(ctx, 2, others) == 48
+            assert kept.lookup(IDS) == 2 * BLOCK
         with store(ram_bytes=0) as none, pytest.warns(RuntimeWarning, match="takes no more"):
             assert none.put(ctx, 0, IDS) == 0
 
