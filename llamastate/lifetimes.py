@@ -2,8 +2,8 @@
 
 At exit Python drops objects in no useful order, and a GPU backend that unloads before its contexts are freed crashes.
 Stores go first, which may have to write, then contexts, then models; whatever was closed before is not here any more.
-Finalizers that run by themselves at exit would come in between. And :class:`Closing`, which all that
-can be closed have in common.
+Finalizers that run by themselves at exit would come in between. And :class:`Closing`, which all that can be closed have
+in common.
 """
 
 from __future__ import annotations
@@ -67,8 +67,9 @@ models: weakref.WeakSet[_Closable] = weakref.WeakSet()
 @atexit.register
 def _close_all() -> None:
     for item in (*stores, *databases, *contexts, *models):
-        # one that cannot be closed must not keep the others open: that is the crash this is here to prevent
-        with contextlib.suppress(Exception):
+        # One that cannot be closed must not keep the others open: that is the crash this is here to prevent. Nor must
+        # somebody who does not want to wait until a store has written everything.
+        with contextlib.suppress(Exception, KeyboardInterrupt):
             item.close()
 
 
