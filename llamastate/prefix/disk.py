@@ -366,7 +366,7 @@ class DiskTier:
             return (set(keys) & self._refused) or self._index.pin(name, n_tokens, keys)
 
     def unpin(self, name: bytes) -> int:
-        """Take the last :meth:`pin` of a name back; its ``n_tokens``, or 0 if there is none."""
+        """Take the shortest :meth:`pin` of a name back; its ``n_tokens``, or 0 if there is none."""
         with self._typed(SaveError):
             return self._index.unpin(name)
 

@@ -376,19 +376,19 @@ class Index:
         return self.database.write(work)
 
     def unpin(self, name: bytes) -> int:
-        """Take back what was pinned last under a name; its tokens, or 0 if there is nothing of that name."""
+        """Take back the shortest pin of a name; its tokens, or 0 if there is nothing of that name."""
 
         def work(connection: sqlite3.Connection) -> int:
-            last = connection.execute(
-                "SELECT id, tokens FROM pins WHERE name = ? ORDER BY id DESC LIMIT 1", (name,)
-            ).fetchone()
-            if last is None:
+            # whoever pinned more still needs it
+            query = "SELECT id, tokens FROM pins WHERE name = ? ORDER BY tokens, id LIMIT 1"
+            found = connection.execute(query, (name,)).fetchone()
+            if found is None:
                 return 0
-            keys = connection.execute("SELECT key FROM pinned WHERE pin = ?", (last[0],)).fetchall()
+            keys = connection.execute("SELECT key FROM pinned WHERE pin = ?", (found[0],)).fetchall()
             connection.executemany("UPDATE entries SET pinned = pinned - 1 WHERE key = ?", keys)
-            connection.execute("DELETE FROM pinned WHERE pin = ?", (last[0],))
-            connection.execute("DELETE FROM pins WHERE id = ?", (last[0],))
-            return int(last[1])
+            connection.execute("DELETE FROM pinned WHERE pin = ?", (found[0],))
+            connection.execute("DELETE FROM pins WHERE id = ?", (found[0],))
+            return int(found[1])
 
         return self.database.write(work)
 

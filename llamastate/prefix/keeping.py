@@ -67,7 +67,7 @@ class Keeping:
         return 0
 
     def unpin(self, tokens: TokensLike, *, ctx: Context | None = None) -> int:
-        """Take the last :meth:`pin` of the same tokens back, and nothing but what it held.
+        """Take a :meth:`pin` of the same tokens back, the shortest of several, and nothing but what it held.
 
         Returns
         -------

@@ -277,7 +277,7 @@ class Levels:
         return near.pin(name, n_tokens, keys)
 
     def unpin(self, name: bytes) -> int:
-        """Take the last :meth:`pin` of a name back; its tokens."""
+        """Take the shortest :meth:`pin` of a name back; its tokens."""
         return (self.ram if self.disk is None else self.disk).unpin(name)
 
     def drop(self, key: bytes) -> None:

@@ -105,11 +105,12 @@ class RamTier:
             return missing
 
     def unpin(self, name: bytes) -> int:
-        """Take the last :meth:`pin` of a name back; its ``n_tokens``, or 0 if there is none."""
+        """Take the shortest :meth:`pin` of a name back; its ``n_tokens``, or 0 if there is none."""
         with self._lock:
             if name not in self._pins:
                 return 0
-            n_tokens, keys = self._pins[name].pop()
+            n_tokens, keys = min(self._pins[name], key=lambda pin: pin[0])  # whoever pinned more still needs it
+            self._pins[name].remove((n_tokens, keys))
             if not self._pins[name]:
                 del self._pins[name]
         self.release(keys)
