@@ -5,63 +5,39 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 from functools import partial
-from pathlib import Path
 
 import pytest
 
 from bench.conftest import CORES
+from bench.peer import Peer, python_of
 from bench.timing import pairs, settle
 from tests import models
 
-ROOT = Path(__file__).resolve().parent.parent
 CLAIM = "state_seq_get_data_into against cyllama's get_state_seq_data"
 
 
-class Peer:
-    """A process that does what it is told, one line at a time, and answers with what it took."""
+class Cyllama(Peer):
+    """A process that takes and puts the same state."""
 
     def __init__(self, python: str, tokens: list[int]) -> None:
-        self._process = subprocess.Popen(
-            [python, str(ROOT / "bench" / "peers" / "cyllama_peer.py")],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
-        self.facts = self.ask({"model": str(models.smollm2()), "tokens": tokens, "n_ctx": 4096, "n_threads": CORES})
-
-    def ask(self, request: object) -> dict[str, object]:
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        answer = self._process.stdout.readline()
-        if not answer:
-            raise RuntimeError(f"cyllama's process ended with status {self._process.wait()}")
-        return dict(json.loads(answer))
+        task = {"model": str(models.smollm2()), "tokens": tokens, "n_ctx": 4096, "n_threads": CORES}
+        super().__init__(python, "cyllama_peer.py", task)
 
     def seconds(self, operation: str) -> float:
         """Seconds of one call after untimed ones, as for the other side."""
         settle(partial(self.ask, operation))
-        return float(str(self.ask(operation)["seconds"]))
-
-    def close(self) -> None:
-        self._process.stdin.close()
-        self._process.wait()
-        self._process.stdout.close()
+        return float(self.ask(operation)["seconds"])
 
 
 @pytest.fixture(scope="module")
 def peer(tokens):
-    python = os.environ.get("LLAMASTATE_CYLLAMA_PYTHON") or str(ROOT / ".venv-cyllama" / "bin" / "python")
-    if not Path(python).exists():
+    python = python_of("LLAMASTATE_CYLLAMA_PYTHON", ".venv-cyllama")
+    if python is None:
         yield None
         return
-    peer = Peer(python, tokens.tolist())
-    yield peer
-    peer.close()
+    with Cyllama(python, tokens.tolist()) as peer:
+        yield peer
 
 
 def test_get(benchmark, claim, ctx, blob, peer):
