@@ -221,9 +221,12 @@ class Journal:
         fields = dict.fromkeys([*self.facts, *(then or ())])
         name = "run" if then is None else next(f for f in fields if then.get(f) != self.facts.get(f))
         was, now = ("", "") if then is None else (then.get(name), self.facts.get(name))
-        words = (
-            "they were computed with other options" if then is None else f"{name} was {brief(was)}, now {brief(now)}"
-        )
+        if then is None:
+            words = "they were computed with other options"
+        elif name == "v_trans":  # how states show it; callers know it by another name, and the other way round
+            words = f"flash_attn was {'off' if was else 'on'!r}, now {'off' if now else 'on'!r}"
+        else:
+            words = f"{name} was {brief(was)}, now {brief(now)}"
         raise BatchChangedError(
             f"{path!r} holds results of another run: {words}; "
             "do them again (on_change='redo'), or write to another file",

@@ -59,6 +59,15 @@ def test_lines_that_are_not_ours(raw: bytes) -> None:
     assert read_record(raw) is None
 
 
+def test_a_change_is_told_in_callers_words(tmp_path: Path) -> None:
+    path = str(tmp_path / "out.journal")
+    journal = Journal(path, {"v_trans": True})
+    journal.begin(found=0)
+    with pytest.raises(BatchChangedError, match="flash_attn was 'off', now 'on'") as caught:
+        Journal(path, {"v_trans": False}).require_run(journal.run, "out")
+    assert (caught.value.field, caught.value.expected, caught.value.found) == ("v_trans", True, False)
+
+
 def test_index() -> None:
     index = Index()
     names = [name_of(str(i), "") for i in range(1000)]
