@@ -143,8 +143,8 @@ def test_sizes(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_sizes_in_words() -> None:
-    from llamastate.storecli import _bytes
+    from llamastate.clitext import bytes_of
 
-    assert [_bytes(t) for t in ("0", "20GB", "1.5 MB", "2KiB", "3Gi", "7k")] == [
+    assert [bytes_of(t) for t in ("0", "20GB", "1.5 MB", "2KiB", "3Gi", "7k")] == [
         0, 20 * 10**9, 1_500_000, 2048, 3 << 30, 7000,
     ]  # fmt: skip
