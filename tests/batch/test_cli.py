@@ -81,7 +81,7 @@ def test_flags(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "--kv-cache-dtype was 'q8_0', now 'f16'; do them again (--on-change redo)" in capsys.readouterr().err
     assert main(command(folder, "--no-resume", "--flash-attn", "off")) == 0
     assert main(command(folder, "-fa", "on")) == 1
-    assert "v_trans was True, now False" in capsys.readouterr().err
+    assert "--flash-attn was 'off', now 'on'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
