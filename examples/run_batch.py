@@ -129,8 +129,10 @@ def main() -> int:
         topic = line["custom_id"].rpartition("-")[0]
         print(f"\n  Q: ({topic}) {line['body']['messages'][1]['content']}")
         print(f"  A: {found[line['custom_id']]['choices'][0]['message']['content'].strip()}")
-    print("\n  (135 M parameters are often wrong. Where two tokens are as likely but for the last bits, another number of")
-    print("  sequences in a batch can turn the scale, in llama.cpp itself: --fixed-shapes makes answers reproducible)\n")
+    print(
+        "\n  (135 M parameters are often wrong. Where two tokens are nearly as likely, the company in a batch can turn"
+    )
+    print("  the scale, in llama.cpp itself: --fixed-shapes makes answers reproducible)\n")
 
     n_prompt = sum(body["usage"]["prompt_tokens"] for body in found.values())
     cached = sum(body["usage"]["prompt_tokens_details"]["cached_tokens"] for body in found.values())
