@@ -132,7 +132,7 @@ def main() -> int:
     print(
         "\n  (135 M parameters are often wrong. Where two tokens are nearly as likely, the company in a batch can turn"
     )
-    print("  the scale, in llama.cpp itself: --fixed-shapes makes answers reproducible)\n")
+    print("  turn the scale, in llama.cpp itself: --fixed-shapes makes answers reproducible)\n")
 
     n_prompt = sum(body["usage"]["prompt_tokens"] for body in found.values())
     cached = sum(body["usage"]["prompt_tokens_details"]["cached_tokens"] for body in found.values())
