@@ -249,15 +249,16 @@ def read(image: Any) -> Entry:
         ``section`` says which part.
     """
     entry = read_header(image)
-    _, end = entry.bounds[-1][0], sum(entry.bounds[-1])
+    end = sum(entry.bounds[-1])
     if entry.nbytes != end:
         raise _corrupt("end", f"{entry.nbytes} bytes, not {end}")
+    data = entry.image.data
+    sums = bytes(data[_SUMS:_CHECKED])
     at = HEADER_BYTES
     for i, (offset, length) in enumerate(entry.bounds):
-        if entry.image[at:offset].any():
+        if offset > at and entry.image[at:offset].any():
             raise _corrupt("padding", f"bytes before {_SECTIONS[i]} are not zero")
-        stored = entry.image[_SUMS + 16 * i : _SUMS + 16 * (i + 1)].tobytes()
-        if xxhash.xxh3_128_digest(entry.image[offset : offset + length].data) != stored:
+        if xxhash.xxh3_128_digest(data[offset : offset + length]) != sums[16 * i : 16 * (i + 1)]:
             raise _corrupt(_SECTIONS[i], f"the checksum of its {_SECTIONS[i]} is wrong")
         at = offset + length
     if entry.image[_CHECKED + 16 : HEADER_BYTES].any():

@@ -38,6 +38,8 @@ FORMAT = 1
 SUFFIX = ".llblk"
 
 _NAME = re.compile(r"(?P<key>[0-9a-f]{64})\.llblk")
+#: Files up to this size are read at once, larger ones only when their header says that they are as large.
+_PLAIN = 16 << 20
 #: How often a file is begun whose folder, or which itself, somebody else has tidied away meanwhile.
 _TRIES = 3
 
@@ -248,13 +250,13 @@ def row_of(entry: Entry, used: int, nbytes: int | None = None) -> Row:
 
 
 def _read(fd: int, size: int, key: bytes, allocate: Allocate | None) -> Entry:
-    header = os.pread(fd, HEADER_BYTES, 0)
-    entry = read_header(header)
-    # before memory is taken for what a file only pretends to be
-    if sum(entry.bounds[-1]) != size:
-        raise _damage(f"{size} bytes, not {sum(entry.bounds[-1])}", "end")
-    if entry.key != key:
-        raise _damage("it is another entry", "header")
+    if size > _PLAIN:
+        # before so much memory is taken for what a file only pretends to be
+        entry = read_header(os.pread(fd, HEADER_BYTES, 0))
+        if sum(entry.bounds[-1]) != size:
+            raise _damage(f"{size} bytes, not {sum(entry.bounds[-1])}", "end")
+        if entry.key != key:
+            raise _damage("it is another entry", "header")
     image = np.empty(size, np.uint8) if allocate is None else allocate(size)[:size]
     view, at = memoryview(image), 0  # type: ignore[arg-type,unused-ignore]
     while at < size:
