@@ -110,7 +110,7 @@ def test_messages_are_short(value: Any, ctx: Context) -> None:
     [
         (lambda ctx: ctx.state_seq_get_data_into(0, bytearray(9)), "seq_id is bytearray, not an integer"),
         (lambda ctx: ctx.seq_rm("0"), "seq_id is str, not an integer"),
-        (lambda ctx: ctx.seq_pos_max(300), "sequence id 300 is not in [0, 2)"),
+        (lambda ctx: ctx.seq_pos_max(300), "sequence id 300 is not in [0, 2): the context was made with n_seq_max = 2"),
     ],
 )
 def test_sequence_ids(action: Callable[[Context], Any], text: str, ctx: Context) -> None:

@@ -236,7 +236,8 @@ cdef class ContextHandle(Lockable):
             n = -1
         if n < 0 or n >= self.n_seq_max:
             raise InvalidSequenceError(
-                f"sequence id {brief(seq_id)} is not in [0, {self.n_seq_max})", seq_id=seq_id, n_seq_max=self.n_seq_max
+                f"sequence id {brief(seq_id)} is not in [0, {self.n_seq_max}): the context was made with n_seq_max = "
+                f"{self.n_seq_max}", seq_id=seq_id, n_seq_max=self.n_seq_max
             )
         return <int32_t> n
 
