@@ -7,6 +7,8 @@ import json
 import os
 import shutil
 import sqlite3
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +37,19 @@ def filled(tmp_path: Path):
         store.put(ctx, 0, IDS[:32])
         store.flush()
         yield ctx, store
+
+
+@pytest.fixture
+def public() -> Iterator[Path]:
+    """A folder that others may enter: pytest's own are closed to them."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can be somebody else")
+    with tempfile.TemporaryDirectory(prefix="llamastate-") as name:
+        path = Path(name)
+        path.chmod(0o755)
+        if not all(parent.stat().st_mode & 0o001 for parent in path.parents):
+            pytest.skip("nobody else may enter the folder of temporary files")
+        yield path
 
 
 # --- one block --------------------------------------------------------------------------------------------------------
@@ -93,13 +108,8 @@ print("done")
 """
 
 
-def test_a_block_of_somebody_else(tmp_path: Path):
-    if os.geteuid() != 0:
-        pytest.skip("only root can be somebody else")
-    for path in (tmp_path, *tmp_path.parents):
-        if not path.stat().st_mode & 0o001:
-            path.chmod(path.stat().st_mode | 0o011)
-    done = children.run(SOMEBODY_ELSE, tmp_path / "s")
+def test_a_block_of_somebody_else(public: Path):
+    done = children.run(SOMEBODY_ELSE, public / "s")
     assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
 
 
@@ -322,23 +332,15 @@ print("done")
 
 
 @pytest.mark.parametrize("how", ["at rest", "in use", "a log left", "damaged index", "no index"])
-def test_a_folder_that_can_only_be_read(tmp_path: Path, how: str):
-    if os.geteuid() != 0:
-        pytest.skip("only root can be somebody else")
-    for path in (tmp_path, *tmp_path.parents):
-        if not path.stat().st_mode & 0o001:
-            path.chmod(path.stat().st_mode | 0o055)
-    done = children.run(READONLY, tmp_path / "s", how)
+def test_a_folder_that_can_only_be_read(public: Path, how: str):
+    done = children.run(READONLY, public / "s", how)
     assert (done.returncode, done.stdout.splitlines()[-1:]) == (0, ["done"]), done.stderr
 
 
-def test_an_empty_folder_that_can_only_be_read_is_no_store(tmp_path: Path):
-    if os.geteuid() != 0:
-        pytest.skip("only root can be somebody else")
-    tmp_path.chmod(0o755)
+def test_an_empty_folder_that_can_only_be_read_is_no_store(public: Path):
     os.seteuid(65534)
     try:
         with pytest.raises(SaveError):
-            DiskTier(tmp_path / "s")
+            DiskTier(public / "s")
     finally:
         os.seteuid(0)
