@@ -270,9 +270,9 @@ def test_folder_that_cannot_be_written(nobody: Path, ctx: Context) -> None:
     if os.geteuid() == 0:
         os.seteuid(65534)
     manager = SessionManager(nobody)
-    session = manager.load("chat", ctx, seq_id=1)
+    assert manager.load("chat", ctx, seq_id=1).tokens.tolist() == [1, 2]
+    session = manager.load_or_create("chat", ctx, seq_id=1)  # in the place of the other
     assert session.tokens.tolist() == [1, 2]
-    assert manager.load_or_create("chat", ctx, seq_id=1).tokens.tolist() == [1, 2]
     assert [info.n_tokens for info in manager.list()] == [2]
     for call in (
         lambda: manager.save("chat", session),
