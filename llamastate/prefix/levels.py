@@ -144,8 +144,14 @@ class Levels:
                 return entry
             return self._from_below(key, None if worth and self._was_used(key) else buffer)
 
-        with self.ram.lend(2 * nbytes):
-            yield from read_ahead(keys, get, nbytes)
+        with self.ram.lend(2 * nbytes) as there:
+            if there:
+                yield from read_ahead(keys, get, nbytes)
+                return
+            # Memory is full of what waits to be written: one buffer is all that may go beyond.
+            buffer = np.empty(nbytes, np.uint8)
+            for key in keys:
+                yield self.ram.get(key) or self._from_below(key, buffer)
 
     def _was_used(self, key: bytes) -> bool:
         """Whether this key was read before, not long ago. What is read once is as well off in the system's cache."""

@@ -162,13 +162,14 @@ class RamTier:
             self.release(held)
 
     @contextlib.contextmanager
-    def lend(self, nbytes: int) -> Iterator[None]:
-        """Give room to something else for a while: entries go for it."""
+    def lend(self, nbytes: int) -> Iterator[bool]:
+        """Give room to something else for a while: entries go for it. False if what is held leaves too little."""
         with self._lock:
             self._lent += nbytes
             self._shrink()
+            there = self.nbytes + self._lent <= self.capacity
         try:
-            yield
+            yield there
         finally:
             with self._lock:
                 self._lent -= nbytes

@@ -6,6 +6,7 @@ import contextlib
 import gc
 import threading
 import time
+import tracemalloc
 import warnings
 from pathlib import Path
 
@@ -224,3 +225,25 @@ def test_closed_while_it_works():
     assert not queue.submit(lambda: done.append(2))
     queue.close()
     assert done == [1]
+
+
+@pytest.mark.parametrize("n_waiting", [0, 8])
+def test_reading_takes_one_buffer_where_memory_is_full_of_what_waits(tmp_path: Path, n_waiting: int) -> None:
+    n_bytes = 200_000
+    stored, waiting = chain(6, n_bytes=n_bytes), chain(n_waiting, seed=1, n_bytes=n_bytes)
+    size = stored[0].nbytes
+    with PrefixStore(tmp_path, ram_bytes=8 * size) as store:
+        for entry in stored:
+            assert store._disk is not None
+            store._disk.put(entry)
+        for entry in waiting:
+            store._ram.put(entry, hold=True)
+        keys = [entry.key for entry in stored]
+        list(store._levels.fetch_run(keys[:2], size, keep=False))  # imports and caches belong to the first
+        tracemalloc.start()
+        found = [entry.image[:300].tobytes() for entry in store._levels.fetch_run(keys, size, keep=False) if entry]
+        beyond = tracemalloc.get_traced_memory()[1] - (8 - n_waiting) * size
+        tracemalloc.stop()
+        assert found == [entry.image[:300].tobytes() for entry in stored]
+        assert beyond < 1.2 * size
+        store._ram.release(entry.key for entry in waiting)
