@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import stat
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -66,6 +68,9 @@ class Model(lifetimes.Closing):
     'attention'
     """
 
+    _identity: gguf.Identity | None = None
+    _no_file = "the model comes from no file"
+
     _instead = "share it, for it can be used by any thread; elsewhere load its path again"
 
     def __init__(
@@ -87,20 +92,24 @@ class Model(lifetimes.Closing):
         raw = _check_file(self.path)
         self._stamps = _stamps(self.path)
         try:
-            self._handle = handles.load_model(
-                raw,
-                n_gpu_layers=n_gpu_layers,
-                use_mmap=use_mmap,
-                use_mlock=use_mlock,
-                vocab_only=vocab_only,
-                check_tensors=check_tensors,
-                main_gpu=main_gpu,
-                use_extra_bufts=not is_miscompiled(_native.library.parent)
-                if use_extra_bufts is None
-                else use_extra_bufts,
-            )
+            with self._identified_meanwhile(unless=vocab_only):
+                self._handle = handles.load_model(
+                    raw,
+                    n_gpu_layers=n_gpu_layers,
+                    use_mmap=use_mmap,
+                    use_mlock=use_mlock,
+                    vocab_only=vocab_only,
+                    check_tensors=check_tensors,
+                    main_gpu=main_gpu,
+                    use_extra_bufts=not is_miscompiled(_native.library.parent)
+                    if use_extra_bufts is None
+                    else use_extra_bufts,
+                )
         except (OverflowError, TypeError) as error:
             raise ModelLoadError(f"bad model parameter: {error}", path=self.path, reason=str(error)) from None
+        if self._stamps is not None and _stamps(self.path) != self._stamps:
+            # which of both files llama.cpp has read, nobody can tell
+            self._stamps, self._no_file = None, "it was replaced while it was being loaded"
         self._n_gpu_layers = int(n_gpu_layers)
         self._prepare()
 
@@ -113,6 +122,31 @@ class Model(lifetimes.Closing):
         self._n_gpu_layers = 1  # nobody knows; it may have some
         self._prepare()
         return self
+
+    @contextlib.contextmanager
+    def _identified_meanwhile(self, *, unless: bool) -> Iterator[None]:
+        """Find out which weights these are while llama.cpp reads them, in a thread: the first state need not wait then.
+
+        And what becomes of the file afterwards does not matter.
+        """
+        path, stamps = self.path, self._stamps
+
+        def work() -> None:
+            with contextlib.suppress(OSError, ValueError):  # told when somebody asks
+                assert path is not None
+                self._identity = gguf.identify(path, stamps)
+
+        thread = threading.Thread(target=work, name="llamastate-identity", daemon=True)
+        started = False
+        if stamps is not None and not unless:
+            with contextlib.suppress(RuntimeError):  # no more threads: found out later
+                thread.start()
+                started = True
+        try:
+            yield
+        finally:
+            if started:
+                thread.join()
 
     def _prepare(self) -> None:
         self._facts = vocab.facts(self._handle)
@@ -214,13 +248,19 @@ class Model(lifetimes.Closing):
         Raises
         ------
         FingerprintUnavailableError
-            The file is gone, or not the one any more that was loaded.
+            It could not be found out when the model was loaded, and the file is gone, or not the same any more.
         """
         if self.path is None or self._stamps is None:
-            raise FingerprintUnavailableError("the model comes from no file", path=self.path, reason="no file")
+            reason = self._no_file
+            raise FingerprintUnavailableError(
+                f"cannot tell which weights these are: {reason}", path=self.path, reason=reason
+            )
+        if self._identity is not None:
+            return self._identity
         try:
             # remembered by what the file was when it was loaded, so this also serves after it has been deleted
-            return gguf.identify(self.path, self._stamps)
+            self._identity = gguf.identify(self.path, self._stamps)
+            return self._identity
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or str(error)
             raise FingerprintUnavailableError(

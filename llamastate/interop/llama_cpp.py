@@ -392,6 +392,8 @@ class LlamaStateCache(BaseLlamaCache, ServingCache):
 
     def _fail(self, error: LlamaStateError) -> None:
         """Go on without: a completion does not need its cache. Only what is closed or busy, its user has to know."""
+        if isinstance(error, ClosedError) and error.what == "store":
+            raise ClosedError("the cache is closed: llm.set_cache(None) goes on without", what="cache") from error
         if isinstance(error, (ClosedError, ContextBusyError)):
             raise error
         if not self._warned:

@@ -497,7 +497,7 @@ def test_closed(llms, tmp_path):
     complete(llm, PROMPTS[0])
     cache.close()
     cache.close()
-    with pytest.raises(ClosedError):
+    with pytest.raises(ClosedError, match=r"llm\.set_cache\(None\)"):
         complete(llm, PROMPTS[1])
     llm.set_cache(None)
     same(complete(llm, PROMPTS[1]), without(llms, "chat", PROMPTS[1]))

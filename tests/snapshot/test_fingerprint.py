@@ -24,6 +24,7 @@ from llamastate import (
     gguf,
     require_same,
 )
+from llamastate._native import handles
 from tests import tiny
 from tests.helpers import KINDS, context, model, tokens
 from tests.snapshot.image import FINGERPRINT
@@ -264,8 +265,45 @@ def test_remembered_by_what_the_file_was(plain: Path):
         assert also_known.identity.digest == digest
         with Model(plain) as unknown:
             assert unknown.identity.digest != digest
+
+
+def test_a_file_that_goes_after_it_was_loaded(plain: Path):
     gguf._known.clear()
-    with Model(plain) as unknown, context(unknown) as ctx:
+    with Model(plain) as model, context(model) as ctx:
+        plain.unlink()
+        gguf._known.clear()
+        ctx.prefill(IDS)
+        assert Snapshot.take(ctx, 0, IDS).fingerprint == ctx.fingerprint
+
+
+def test_a_file_that_is_replaced_while_it_is_loaded(plain: Path, monkeypatch: pytest.MonkeyPatch):
+    load = handles.load_model
+
+    def slowly(*args, **kwargs):
+        other = plain.with_name("new")
+        rewritten(plain, other, change="output.weight")
+        os.replace(other, plain)
+        return load(*args, **kwargs)
+
+    monkeypatch.setattr(handles, "load_model", slowly)
+    with Model(plain) as model, context(model) as ctx:
+        with pytest.raises(FingerprintUnavailableError, match="replaced while it was being loaded"):
+            ctx.fingerprint  # noqa: B018
+        assert ctx.state_seq_get_data(0).size
+
+
+def test_what_could_not_be_told_at_once(plain: Path, monkeypatch: pytest.MonkeyPatch):
+    def fails(*args):
+        raise OSError("no")
+
+    gguf._known.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(gguf, "identify", fails)
+        later, never = Model(plain), Model(plain)
+    with later:
+        assert later.identity.digest == gguf.identify(str(plain)).digest
+    gguf._known.clear()
+    with never as unknown, context(unknown) as ctx:
         ctx.prefill(IDS)
         os.utime(plain, ns=(1, 1))
         with pytest.raises(FingerprintUnavailableError) as caught:
