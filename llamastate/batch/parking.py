@@ -63,8 +63,8 @@ class Parking:
             There is no room yet; it is still kept.
         """
         if not self._restored(ctx, task):
-            self.n_lost += 1
             ctx.prefill(task.in_context, seq_id=task.seq, logits=None)
+            self.n_lost += 1  # not once for each time that there is no room yet
         self.drop(task)
 
     def drop(self, task: Task) -> None:

@@ -9,7 +9,7 @@ import psutil
 import pytest
 
 from llamastate import SamplingParams
-from llamastate.batch import BatchRunner, Malformed, Request
+from llamastate.batch import Malformed, Request
 from llamastate.errors import (
     DecodeError,
     InvalidArgumentError,
@@ -19,24 +19,13 @@ from llamastate.errors import (
     TokenizeError,
 )
 from llamastate.prefix import PrefixStore
-from tests.conftest import THREADS
+from tests.batch.runners import one, runner
 from tests.helpers import model, tokens
 
 
 @pytest.fixture(scope="module")
 def chat():
     return model("chat")
-
-
-def runner(m="chat", **params):
-    settings = {"n_parallel": 4, "n_spare": 2, "n_ctx": 1024, "n_threads": THREADS, **params}
-    return BatchRunner(model(m) if isinstance(m, str) else m, **settings)
-
-
-def one(request, **params):
-    with runner(**params) as r:
-        (result,) = r.run([request])
-    return result
 
 
 # --- what is asked for ------------------------------------------------------------------------------------------------

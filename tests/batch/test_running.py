@@ -18,6 +18,7 @@ from llamastate.errors import (
     InvalidArgumentError,
     ModelLoadError,
 )
+from tests.batch.runners import one, runner
 from tests.conftest import THREADS
 from tests.helpers import model, tokens
 
@@ -25,17 +26,6 @@ from tests.helpers import model, tokens
 @pytest.fixture(scope="module")
 def chat():
     return model("chat")
-
-
-def runner(m="chat", **params):
-    settings = {"n_parallel": 4, "n_spare": 2, "n_ctx": 1024, "n_threads": THREADS, **params}
-    return BatchRunner(model(m) if isinstance(m, str) else m, **settings)
-
-
-def one(request, **params):
-    with runner(**params) as r:
-        (result,) = r.run([request])
-    return result
 
 
 def endless():
