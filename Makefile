@@ -110,15 +110,18 @@ endef
 export REQUIREMENTS
 
 # Into .venv instead of pip's throwaway environment: the extensions are then compiled against the very llama-cpp-python
-# that they will run with.
-$(DONE)/requirements: pyproject.toml $(DONE)/venv
+# that they will run with. A compiler that breaks llama.cpp's AMX code gets arguments that mend it (llama.cpp/README.md);
+# that build goes past pip's cache of wheels, which does not tell builds apart, and is repeated when its record changes.
+$(DONE)/requirements: pyproject.toml llama.cpp/amx.py llama.cpp/amx.h $(DONE)/venv
 	@echo "== installing the build requirements (llama-cpp-python compiles llama.cpp the first time: about 4 minutes)"
 	@$(PY) -c "$$REQUIREMENTS" build-system.requires > $@.txt
-	@args="$$($(PY) llama.cpp/amx.py)"; \
-	if [ -z "$$args" ]; then $(PIP) -r $@.txt; else \
-		echo "   with CMAKE_ARGS=$$args, for this compiler breaks llama.cpp's AMX code (llama.cpp/README.md);"; \
-		echo "   past pip's cache of wheels, which does not tell builds apart"; \
-		CMAKE_ARGS="$$args" $(PIP) --no-cache-dir -r $@.txt; fi
+	@args="$$($(PY) llama.cpp/amx.py --mend)"; llama="$$(grep '^llama-cpp-python' $@.txt)"; \
+	record="$$llama $$args $$(cksum < llama.cpp/amx.h)"; \
+	if [ -n "$$args" ] && [ "$$record" != "$$(cat $(DONE)/amx 2>/dev/null)" ]; then \
+		echo "   with CMAKE_ARGS=$$args, for this compiler breaks llama.cpp's AMX code"; \
+		CMAKE_ARGS="$$args" $(PIP) --no-cache-dir --force-reinstall --no-deps "$$llama" && \
+		echo "$$record" > $(DONE)/amx; fi
+	@$(PIP) -r $@.txt
 	@touch $@
 
 $(DONE)/install: $(BUILD) $(DONE)/requirements
