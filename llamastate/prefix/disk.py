@@ -13,7 +13,6 @@ import errno
 import os
 import sqlite3
 import threading
-import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -32,12 +31,12 @@ from llamastate.errors import (
 )
 from llamastate.prefix import housekeeping
 from llamastate.prefix.checks import at_least, check_share
-from llamastate.prefix.database import now
 from llamastate.prefix.diskstats import DiskCounters, DiskStats
 from llamastate.prefix.entry import Entry, seal
 from llamastate.prefix.folder import Allocate, Folder, row_of
 from llamastate.prefix.housekeeping import Damaged, Reclaimed
 from llamastate.prefix.index import Index, Root, RootUse, Row
+from llamastate.prefix.recency import Recency
 
 __all__ = ["Damaged", "DiskStats", "DiskTier", "Reclaimed"]
 
@@ -45,10 +44,6 @@ T = TypeVar("T")
 
 #: What is left of ``disk_bytes`` after an eviction: the next few puts find room.
 FILL = 0.95
-#: Seconds, and keys, for which what was used is kept in memory before it is written.
-TOUCH_SECONDS = 5.0
-TOUCH_KEYS = 1 << 16
-
 #: Failures to read that say nothing of the file.
 _PASSING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.EINTR)
 
@@ -101,7 +96,8 @@ class DiskTier:
         self._closed = False
         self._warned = False
         self._counters = DiskCounters()
-        self._reset()
+        self._lock = threading.Lock()
+        self._recency = Recency(0)
         #: Keys of what cannot be read, nor done away with: here it is not there, until it is put again.
         self._refused: set[bytes] = set()
         self.readonly = False
@@ -119,8 +115,7 @@ class DiskTier:
                 raise
             reason = _reason(error)
             raise SaveError(f"cannot open the store {path!r}: {reason}", path=str(path), reason=reason) from error
-        #: When something was used last, as far as is known here: time never goes back, whatever the clock does.
-        self._latest = self._quietly(self._index.newest, 0)
+        self._recency.seen(self._quietly(self._index.newest, 0))
         _alive.add(self)
 
     def _open(self, *, durable: bool) -> None:
@@ -134,9 +129,7 @@ class DiskTier:
 
     def _reset(self) -> None:
         self._lock = threading.Lock()
-        #: What was used, and when, that the index does not know yet.
-        self._used: dict[bytes, int] = {}
-        self._written = time.monotonic()
+        self._recency.reset()
 
     # --- looking ------------------------------------------------------------------------------------------------------
 
@@ -254,7 +247,7 @@ class DiskTier:
             self._folder.unlink(key)
         self._folder.write(entry)
         try:
-            new = self._index.add(row_of(entry, self._now()), lambda: self._still_there(entry))
+            new = self._index.add(row_of(entry, self._recency.now()), lambda: self._still_there(entry))
         except BaseException:
             with contextlib.suppress(LlamaStateError, sqlite3.Error):
                 self._index.without_row([key], self._folder.unlink)
@@ -300,7 +293,7 @@ class DiskTier:
         def work() -> None:
             if any(known.root == root and known.fingerprint for known in self._index.roots()):
                 return
-            new = Root(root, fingerprint, block_tokens, kind, self._now())
+            new = Root(root, fingerprint, block_tokens, kind, self._recency.now())
             self._folder.write_root(new)
             self._index.add_root(new)
 
@@ -311,22 +304,9 @@ class DiskTier:
         """These, and all that they stand on, were of use just now. Remembered, and written every few seconds."""
         if self.readonly:
             return
-        self._use(keys)
-        with self._lock:
-            due = time.monotonic() > self._written + TOUCH_SECONDS or len(self._used) > TOUCH_KEYS
-        if due:
+        self._recency.use(keys)
+        if self._recency.due:
             self._try_touches(wait=False)
-
-    def _use(self, keys: Iterable[bytes]) -> None:
-        stamp = self._now()
-        with self._lock:
-            self._used.update(dict.fromkeys(keys, stamp))
-
-    def _now(self) -> int:
-        """Later than whatever was before: a clock that is set back must not make what is used look old."""
-        with self._lock:
-            self._latest = max(now(), self._latest + 1)
-            return self._latest
 
     def _try_touches(self, *, wait: bool) -> None:
         # Somebody is writing: later, then. The disk takes nothing: whoever puts is told.
@@ -334,15 +314,7 @@ class DiskTier:
             self._write_touches(wait=wait)
 
     def _write_touches(self, *, wait: bool) -> None:
-        with self._lock:
-            used, self._used = self._used, {}
-            self._written = time.monotonic()
-        try:
-            self._index.touch(used, wait=wait)
-        except BaseException:
-            with self._lock:
-                self._used = {**used, **self._used}
-            raise
+        self._recency.write(lambda used: self._index.touch(used, wait=wait))
 
     # --- letting go ---------------------------------------------------------------------------------------------------
 
@@ -396,9 +368,7 @@ class DiskTier:
             self._count(evictions=len(gone), evicted_bytes=size)
         if spare is not None:
             # another process may have met another clock
-            newest = self._index.newest()
-            with self._lock:
-                self._latest = max(self._latest, newest)
+            self._recency.seen(self._index.newest())
         return freed
 
     def _make_room(self, entry: Entry) -> None:

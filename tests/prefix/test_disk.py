@@ -18,7 +18,7 @@ from llamastate.errors import (
     SaveError,
     StoreFullError,
 )
-from llamastate.prefix import disk
+from llamastate.prefix import recency
 from llamastate.prefix.disk import DiskTier
 from llamastate.prefix.entry import Kind, build
 from tests import children
@@ -131,14 +131,12 @@ def test_what_was_not_used_for_longest_goes(tmp_path: Path):
 
 
 def test_touches_are_written_by_themselves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from llamastate.prefix import disk
-
     tier = limited(tmp_path, 10)
     tier.put(block())
     before = next(tier.entries()).used
     tier.touch([block().key])
     assert next(tier.entries()).used == before
-    monkeypatch.setattr(disk, "TOUCH_SECONDS", 0.0)
+    monkeypatch.setattr(recency, "TOUCH_SECONDS", 0.0)
     tier.touch([block().key])
     assert next(tier.entries()).used > before
     tier.close()
@@ -397,7 +395,7 @@ from tests.prefix.entries import block
 tier = DiskTier(sys.argv[1])
 tier.put(block(seed=0))
 tier.touch([block(seed=0).key])
-with tier._lock:                    # as another thread might, when the child is made
+with tier._lock, tier._recency._lock:                    # as another thread might, when the child is made
     child = os.fork()
     if child == 0:
         ok = tier.get(block(seed=0).key) is not None and tier.put(block(seed=1)) and tier.stats().entries == 2
@@ -448,13 +446,13 @@ def test_durable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, durable: bool)
 def test_the_clock_is_set_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """What was used while it was wrong is not kept for ever, and new entries do not push out each other."""
     ahead = 10 * 365 * 86400 * 10**6
-    right = disk.now
-    monkeypatch.setattr(disk, "now", lambda: right() + ahead)
+    right = recency.now
+    monkeypatch.setattr(recency, "now", lambda: right() + ahead)
     tier = limited(tmp_path, 6)
     old = [block(seed=i) for i in range(6)]
     for entry in old:
         tier.put(entry)
-    monkeypatch.setattr(disk, "now", right)
+    monkeypatch.setattr(recency, "now", right)
     for again in (False, True):
         if again:
             tier.close()
@@ -471,11 +469,11 @@ def test_the_clock_is_set_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 def test_another_process_met_another_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     tier, other = limited(tmp_path, 4), limited(tmp_path, 4)
-    right = disk.now
-    monkeypatch.setattr(disk, "now", lambda: right() + 10**12)
+    right = recency.now
+    monkeypatch.setattr(recency, "now", lambda: right() + 10**12)
     for i in range(4):
         other.put(block(seed=i))
-    monkeypatch.setattr(disk, "now", right)
+    monkeypatch.setattr(recency, "now", right)
     new = [block(seed=("new", i)) for i in range(3)]
     for entry in new:
         tier.put(entry)
@@ -491,7 +489,7 @@ def test_files_from_the_future(tmp_path: Path):
             tier.put(entry)
             os.utime(file_of(tier, entry), (4e9, 4e9))
         tier.rebuild()
-        assert all(row.used <= disk.now() for row in tier.entries())
+        assert all(row.used <= recency.now() for row in tier.entries())
 
 
 def test_closed(tmp_path: Path):
