@@ -1,10 +1,12 @@
-"""Two actors of Ray Data, a core each, beside one runner with both cores: what a second process costs, and gives."""
+"""Ray Data: what a second process costs and gives, and what an actor gains by a second batch under way."""
 
 from __future__ import annotations
 
 import pydoc_data.topics
 import time
+from concurrent.futures import ThreadPoolExecutor
 
+import pyarrow as pa
 import pytest
 
 from bench.conftest import CORES
@@ -61,4 +63,38 @@ def test_two_actors(claim, model, prefix, ray):  # noqa: F811
         f"{(made / two) / (made_by_one / one):.2f} ×: {made / two:.0f} against {made_by_one / one:.0f} tokens/s; "
         f"{two:.1f} s with the start of the actors, {warmed:.1f} s for the prefix; {cached / total:.3f} of "
         f"{total:,} prompt tokens not computed",
+    )
+
+
+def test_batches_under_way(claim, model, prefix):
+    """Without Ray around it: what Ray calls from as many threads as batches may be under way."""
+    from llamastate.interop.ray import ProcessorConfig
+    from llamastate.interop.rayactor import Worker
+    from llamastate.interop.rayrows import pack
+
+    sizes = [4 + 37 * i % 61 for i in range(N_PROMPTS)]
+    rows = [
+        {"prompt": f"{prefix}\n\n{i}:", "sampling_params": {"max_tokens": n, "ignore_eos": True}}
+        for i, n in enumerate(sizes)
+    ]
+    tables = [pack(pa.Table.from_pylist(rows[first : first + 16])) for first in range(0, N_PROMPTS, 16)]
+    config = ProcessorConfig(
+        models.smollm2(),
+        engine_kwargs={"n_parallel": 16, "n_ctx": 8192, "flash_attn": "off"},
+        num_cpus=CORES,
+        sampling_params={"temperature": 0},
+    )
+    seconds = []
+    for under_way in (1, 2):
+        worker = Worker(config)
+        list(worker(pack(pa.Table.from_pylist(rows[:1]))))  # the prefix, once
+        started = time.perf_counter()
+        with ThreadPoolExecutor(under_way) as pool:
+            assert all(list(pool.map(lambda table, worker=worker: list(worker(table)), tables)))
+        seconds.append(time.perf_counter() - started)
+    claim(
+        81,
+        f"{N_PROMPTS} prompts of 4 to 64 tokens generated, in batches of 16 to an actor that generates 16 at once: two "
+        "batches under way against one after the other",
+        f"{seconds[0] / seconds[1]:.2f} ×: {sum(sizes) / seconds[1]:.0f} against {sum(sizes) / seconds[0]:.0f} tokens/s",
     )

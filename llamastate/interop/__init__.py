@@ -8,5 +8,6 @@
 `ray`           Ray Data: processors of datasets, prefixes for all actors
 `rayactor`      what runs in Ray's workers
 `rayrows`       rows to requests, results to columns
+`rayservice`    several batches at once on an actor's one runner
 ==============  ========================================================================================================
 """

@@ -50,6 +50,8 @@ class ProcessorConfig:
     batch_size : int
         Rows that an actor takes at a time. The more, the fuller its batches, the fewer actors a small dataset needs,
         and the more is done again when an actor is lost.
+    max_concurrent_batches : int
+        Batches that an actor has under way: rows of the next one run while the last ones of another are finished.
     should_continue_on_error : bool
         A row that fails has ``"Type: message"`` in ``__inference_error__``; otherwise it fails the job.
     sampling_params : mapping
@@ -73,7 +75,7 @@ class ProcessorConfig:
     resources : mapping
         Other resources of each actor.
     max_tasks_in_flight_per_actor : int, optional
-        As for ``ray.data.ActorPoolStrategy``.
+        As for ``ray.data.ActorPoolStrategy``; by default Ray's choice, twice ``max_concurrent_batches``.
     max_task_retries : int
         How often the rows that an actor died of, or with, are tried again; -1 for ever.
     ray_remote_args : mapping
@@ -91,6 +93,7 @@ class ProcessorConfig:
     task_type: Literal["generate", "embed"] = "generate"
     concurrency: int | tuple[int, int] = 1
     batch_size: int = 64
+    max_concurrent_batches: int = 2
     should_continue_on_error: bool = False
     sampling_params: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
@@ -123,7 +126,7 @@ class ProcessorConfig:
         low, high = given if isinstance(given, tuple) and len(given) == 2 else (given, given)
         if not 1 <= _whole("concurrency", low) <= _whole("concurrency", high):
             raise _bad("concurrency", given, "a number of actors, or two")
-        for name, least in (("batch_size", 1), ("max_task_retries", -1)):
+        for name, least in (("batch_size", 1), ("max_concurrent_batches", 1), ("max_task_retries", -1)):
             if _whole(name, getattr(self, name)) < least:
                 raise _bad(name, getattr(self, name), f"{least} or more")
         _whole("seed", self.seed)
@@ -207,7 +210,11 @@ class Processor:
                 batch_format="pyarrow",
                 zero_copy_batch=True,
                 compute=ActorPoolStrategy(
-                    min_size=low, max_size=high, max_tasks_in_flight_per_actor=config.max_tasks_in_flight_per_actor
+                    min_size=low,
+                    max_size=high,
+                    max_tasks_in_flight_per_actor=config.max_tasks_in_flight_per_actor,
+                    max_concurrent_calls_per_actor=config.max_concurrent_batches,
+                    enable_true_multi_threading=True,
                 ),
                 **remote,
             )

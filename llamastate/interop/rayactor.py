@@ -7,10 +7,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from llamastate.arrays import Int32Array, TokensLike, as_tokens
-from llamastate.batch import BatchRunner, Inline
+from llamastate.batch import BatchRunner
 from llamastate.context import Context
 from llamastate.errors import InvalidArgumentError, LlamaStateError
 from llamastate.interop import rayrows
+from llamastate.interop.rayservice import Service
 from llamastate.model import Model
 from llamastate.prefix import PrefixStore
 from llamastate.sessioncore import common_prefix
@@ -55,19 +56,22 @@ class Worker:
             snapshots = ray.get(list(config.prefixes))
         self._store = _open_store(config)
         store: Any = Given(snapshots, self._store) if snapshots else self._store
-        self._runner = BatchRunner(self._model, store=cast("PrefixStore", store), **_runner_kwargs(config))
+        runner = BatchRunner(self._model, store=cast("PrefixStore", store), **_runner_kwargs(config))
         embed = config.task_type == "embed"
-        self._reader = rayrows.Reader(
+        reader = rayrows.Reader(
             self._model,
             embed=embed,
             logprobs=config.logprobs,
             sampling_params=config.sampling_params,
             seed=config.seed,
         )
+        self._service = Service(runner, reader, strict=not config.should_continue_on_error)
         self._columns = rayrows.schema(embed=embed, logprobs=config.logprobs)
 
     def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
         """One table that :func:`~llamastate.interop.rayrows.pack` has seen, with its answers, in the order of its rows.
+
+        Ray calls it from as many threads as batches may be under way.
 
         Raises
         ------
@@ -77,12 +81,10 @@ class Worker:
         # A generator: Ray puts errors of a mere function into another that tells a text.
         if self._failure is not None:
             raise of_user_code(self._failure)
-        answers: list[dict[str, Any]] = [{}] * table.num_rows
-        for result in self._runner.run(Inline(self._reader.read(table, answers))):
-            if result.error is not None and not self._config.should_continue_on_error:
-                raise of_user_code(result.error)
-            index, facts = rayrows.answer(result)
-            answers[index] = facts
+        try:
+            answers = self._service.answers(table)
+        except LlamaStateError as error:
+            raise of_user_code(error) from None
         if self._store is not None:
             # an actor ends without a farewell; and others may want it now
             self._store.flush()

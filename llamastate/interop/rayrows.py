@@ -26,7 +26,7 @@ from llamastate.words import brief
 if TYPE_CHECKING:
     from llamastate.model import Model
 
-__all__ = ["ERROR", "Reader", "answer", "append", "pack", "schema"]
+__all__ = ["ERROR", "Answered", "Reader", "answer", "append", "pack", "schema"]
 
 #: Why a row failed; null if it did not.
 ERROR = "__inference_error__"
@@ -108,10 +108,19 @@ def append(table: pa.Table, answers: list[dict[str, Any]], columns: pa.Schema) -
 class _Asked:
     """What a row's answer has to know of its question."""
 
+    owner: Any
     index: int
     number: int
     prompt: str | None
     params: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Answered:
+    """A row that had failed before it came here."""
+
+    index: int
+    facts: dict[str, Any]
 
 
 class Reader:
@@ -148,8 +157,8 @@ class Reader:
         self._defaults = Defaults(seed=seed, max_tokens=16)
         self._n_rows = 0
 
-    def read(self, table: pa.Table, answers: list[dict[str, Any]]) -> Iterable[Request | Malformed]:
-        """A request for each row, as it is asked for. Rows that have failed before are answered at once."""
+    def read(self, table: pa.Table, owner: Any) -> Iterable[Request | Malformed | Answered]:
+        """A request for each row, as it is asked for; ``owner`` is in the ``meta`` of each."""
         found = table.select([name for name in (*_PLAIN, _PACKED) if name in table.column_names])
         asked: Counter[bytes] = Counter()
         for index, row in enumerate(found.to_pylist()):
@@ -157,13 +166,14 @@ class Reader:
             number, self._n_rows = self._n_rows, self._n_rows + 1
             if row.get(ERROR):
                 text = row.get("prompt")
-                answers[index] = _unanswered(number, text if isinstance(text, str) else None, row[ERROR])
+                yield Answered(index, _unanswered(number, text if isinstance(text, str) else None, row[ERROR]))
             else:
-                yield self._request(row, index, number, asked)
+                text = row.get("prompt")
+                meta = _Asked(owner, index, number, text if isinstance(text, str) else None, "")
+                yield self._request(row, meta, asked)
 
-    def _request(self, row: Mapping[str, Any], index: int, number: int, asked: Counter[bytes]) -> Request | Malformed:
-        text = row.get("prompt")
-        meta = _Asked(index, number, text if isinstance(text, str) else None, "")
+    def _request(self, row: Mapping[str, Any], meta: _Asked, asked: Counter[bytes]) -> Request | Malformed:
+        number = meta.number
         try:
             chosen, prompt, text = self._prompt(row)
             meta = replace(meta, prompt=text)

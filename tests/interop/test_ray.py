@@ -10,8 +10,10 @@ import re
 import shutil
 import signal
 import tempfile
+import time
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,8 +25,9 @@ import pytest
 from llamastate import LlamaStateError, Model, SamplingParams, Snapshot, errors
 from llamastate.batch import BatchRunner, Output, Request, Result
 from llamastate.errors import InvalidArgumentError, InvalidRequestError, ModelLoadError
+from llamastate.interop import rayrows
 from llamastate.interop.ray import ProcessorConfig, build_processor, warm
-from llamastate.interop.rayactor import Given, of_user_code, prefill
+from llamastate.interop.rayactor import Given, Worker, of_user_code, prefill
 from llamastate.prefix import PrefixStore
 from tests import models, tiny
 
@@ -214,6 +217,52 @@ def test_embeddings(ray, config):
 # --- failures ---------------------------------------------------------------------------------------------------------
 
 
+def table_of(rows: list[dict[str, Any]]) -> Any:
+    import pyarrow as pa
+
+    names = dict.fromkeys(name for row in rows for name in row)
+    return rayrows.pack(pa.table({name: [row.get(name) for row in rows] for name in names}))
+
+
+def test_batches_side_by_side(config):
+    """A batch does not wait for the last row of the one before, and its failures are its own."""
+    worker = Worker(replace(config, max_concurrent_batches=3))
+    long = {"max_tokens": 700, "ignore_eos": True, "temperature": 0}
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(list, worker(table_of([{"prompt": "the of", "sampling_params": long}])))
+        while not worker._service._begun:
+            time.sleep(0.001)
+        (second,) = worker(table_of([{"prompt": "to in"}, {"prompt": "is"}]))
+        with pytest.raises(InvalidRequestError, match="temperature"):
+            list(worker(table_of([{"prompt": "all"}, {"prompt": "of", "sampling_params": {"temperature": -1}}])))
+        (third,) = worker(table_of([{"prompt": "was", "__inference_error__": "before"}, {"prompt": "for"}]))
+        assert not first.done()
+        (first_table,) = first.result()
+    assert first_table["num_generated_tokens"].to_pylist() == [700]
+    assert third["__inference_error__"].to_pylist() == ["before", None]
+    expected = [output.tokens.tolist() for output in by_hand(config, ["to in", "is", "for"])]
+    found = second["generated_tokens"].to_pylist() + third["generated_tokens"].to_pylist()[1:]
+    assert found == expected
+    assert not next(iter(worker(table_of([{"prompt": "x"}]).slice(0, 0)))).num_rows
+
+
+def test_what_ends_the_run_fails_all_that_is_under_way(config, monkeypatch):
+    """And nothing that comes afterwards."""
+    worker = Worker(config)
+    read = worker._service._reader.read
+
+    def fails(table: Any, owner: Any) -> Any:
+        if table.column("prompt")[0].as_py() == "bad":
+            raise MemoryError("here")
+        return read(table, owner)
+
+    monkeypatch.setattr(worker._service._reader, "read", fails)
+    with pytest.raises(MemoryError, match="here"):
+        list(worker(table_of([{"prompt": "bad"}])))
+    (table,) = worker(table_of([{"prompt": "is"}]))
+    assert table["num_generated_tokens"].to_pylist() == [6]
+
+
 def test_a_row_that_fails_fails_the_job(ray, config):
     processor = build_processor(replace(config, concurrency=1))
     with pytest.raises(InvalidRequestError) as caught:
@@ -377,6 +426,7 @@ def test_errors_and_results_travel(ray):
     "field",
     [
         {"concurrency": 0}, {"concurrency": (2, 1)}, {"concurrency": "2"}, {"batch_size": 0}, {"num_cpus": -1},
+        {"max_concurrent_batches": 0},
         {"num_gpus": float("nan")}, {"task_type": "classify"}, {"engine_kwargs": None}, {"remote": 5}, {"store": 5},
         {"max_task_retries": -2}, {"model_source": 3}, {"seed": 1.5},
     ],
