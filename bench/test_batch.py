@@ -13,6 +13,7 @@ llama-cpp-python's examples. ``LLAMASTATE_XLLAMACPP_PYTHON``, ``LLAMASTATE_LLAMA
 from __future__ import annotations
 
 import gc
+import json
 import os
 import statistics
 import time
@@ -28,7 +29,7 @@ from bench.conftest import CORES
 from bench.peer import ROOT, Peer, python_of
 from bench.rawbatch import Loop
 from llamastate import Context, Model
-from llamastate.batch import BatchRunner, BatchStats, Output, Request, Result
+from llamastate.batch import BatchRunner, BatchStats, Output, Request, Result, run_batch
 from llamastate.prefix import PrefixStore
 from tests import models, tiny
 
@@ -136,6 +137,34 @@ def test_shared_prefix(claim, model, prompts, best):
             5,
             unit="MB",
         )
+
+
+def test_nothing_said(claim, model, prompts, best, text, folder: Path):
+    """``run-batch`` with no flag at all, from file to file, where prompts share and where they do not."""
+    speeds = []
+    alone = [text[1000 * i + 7 * i : 1000 * i + 7 * i + 200] for i in range(32)]
+    for name, asked in (("shared", prompts[:N_TRIED]), ("alone", alone)):
+        rows = [
+            {"custom_id": str(i), "url": "/v1/completions", "method": "POST"}
+            | {"body": {"prompt": prompt.tolist(), "max_tokens": N_GENERATE, "temperature": 0, "ignore_eos": True}}
+            for i, prompt in enumerate(asked)
+        ]
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        started = time.perf_counter()
+        summary = run_batch(folder / name, folder / f"{name}.out", model=model)
+        speeds.append(summary.generated_tokens / (time.perf_counter() - started))
+        assert summary.completed == len(asked)
+    hand = []
+    for n_parallel, flash in ((8, "on"), (16, "on"), (8, "off")):
+        seconds, texts = by_hand(model, alone, n_parallel, flash, 0)
+        hand.append(sum(map(len, texts)) / seconds)
+    shared = max(best[2].values())
+    claim(
+        69,
+        f"run-batch with no flags, from file to file: {N_TRIED} prompts of which {N_SHARED} tokens are shared, and 32 "
+        "of 200 tokens that share nothing, against the loop by hand at the best of its settings",
+        f"{speeds[0] / shared:.2f} × ({speeds[0]:.0f} tokens/s) and {speeds[1] / max(hand):.2f} × ({speeds[1]:.0f})",
+    )
 
 
 def test_overhead(claim, model, prompts):

@@ -92,9 +92,10 @@ def test_batches_under_way(claim, model, prefix):
         with ThreadPoolExecutor(under_way) as pool:
             assert all(list(pool.map(lambda table, worker=worker: list(worker(table)), tables)))
         seconds.append(time.perf_counter() - started)
+    n = sum(sizes)
     claim(
         81,
-        f"{N_PROMPTS} prompts of 4 to 64 tokens generated, in batches of 16 to an actor that generates 16 at once: two "
+        f"{N_PROMPTS} prompts, 4 to 64 tokens generated, in batches of 16 to an actor that generates 16 at once: two "
         "batches under way against one after the other",
-        f"{seconds[0] / seconds[1]:.2f} ×: {sum(sizes) / seconds[1]:.0f} against {sum(sizes) / seconds[0]:.0f} tokens/s",
+        f"{seconds[0] / seconds[1]:.2f} ×: {n / seconds[1]:.0f} against {n / seconds[0]:.0f} tokens/s",
     )

@@ -115,7 +115,9 @@ def add_commands(commands: Any, form: type[argparse.HelpFormatter]) -> None:
     )
 
     group = parser.add_argument_group("what runs at once").add_argument
-    group("--max-num-seqs", type=_whole(1, 200), default=32, metavar="N", help="outputs generated at once (32)")
+    group(
+        "--max-num-seqs", type=_whole(1, 200), metavar="N", help="outputs generated at once (16; 32 with --gpu-layers)"
+    )
     group(
         "--max-num-batched-tokens", type=_whole(1, 1 << 20), default=512, metavar="N", help="tokens in one decode (512)"
     )
@@ -145,7 +147,8 @@ def add_commands(commands: Any, form: type[argparse.HelpFormatter]) -> None:
         "--flash-attn",
         choices=("auto", "on", "off"),
         default="auto",
-        help="off is faster on a processor where requests begin with the same long text, and slower where they do not",
+        help="off is faster on a processor where requests begin with the same long text, and slower where they do not; "
+        "auto (the default) looks at the first ones of a file, and goes on as results were begun",
     )
     group(
         "--fixed-shapes", action="store_true", help="outputs that do not depend on what else runs, bit for bit; slower"
@@ -255,12 +258,13 @@ def _check_usage(options: argparse.Namespace) -> None:
 
 
 def _answer(options: argparse.Namespace) -> int:
+    from llamastate.batch import choices, pipeline
     from llamastate.batch.openai import Defaults
     from llamastate.batch.pipeline import run_batch
     from llamastate.batch.progress import ProgressBar
     from llamastate.batch.runner import BatchRunner
     from llamastate.batch.source import Source, check_input, require_apart
-    from llamastate.batch.tables import is_table, require_arrow, run_table
+    from llamastate.batch.tables import is_table, require_arrow, results_of, run_table, source_of
     from llamastate.model import Model
 
     tables = is_table(options.input_file), is_table(options.output_file)
@@ -288,21 +292,21 @@ def _answer(options: argparse.Namespace) -> int:
             require_client()
         store = _store(options, stack)
         model = stack.enter_context(Model(options.model, n_gpu_layers=options.gpu_layers))
-        runner = stack.enter_context(
-            BatchRunner(
-                model,
-                n_parallel=options.max_num_seqs,
-                n_ctx=options.ctx_size,
-                store=store,
-                n_batch=options.max_num_batched_tokens,
-                n_threads=options.threads,
-                type_k=options.kv_cache_dtype,
-                type_v=options.kv_cache_dtype,
-                flash_attn=options.flash_attn,
-                max_model_len=options.max_model_len,
-                fixed_shapes=options.fixed_shapes,
-            )
-        )
+        settings = {
+            "n_parallel": options.max_num_seqs,
+            "n_ctx": options.ctx_size,
+            "n_batch": options.max_num_batched_tokens,
+            "n_threads": options.threads,
+            "type_k": options.kv_cache_dtype,
+            "type_v": options.kv_cache_dtype,
+            "flash_attn": options.flash_attn,
+            "max_model_len": options.max_model_len,
+            "fixed_shapes": options.fixed_shapes,
+        }
+        results = results_of(options.output_file) if tables[1] else pipeline.results_of(options.output_file)
+        rows = source_of(options.input_file)
+        settings = choices.settled(settings, rows, results if options.resume else None, model, defaults)
+        runner = stack.enter_context(BatchRunner(model, store=store, **settings))
         on_result = stack.enter_context(_metrics(options, runner, store)) if metered else None
         bar = None
         if not options.quiet and sys.stderr is not None:

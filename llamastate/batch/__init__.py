@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from llamastate.batch.choices import flash_attn_for
 from llamastate.batch.dicts import run_rows
 from llamastate.batch.openai import Defaults
 from llamastate.batch.pipeline import BatchSummary, run_batch
@@ -31,6 +32,7 @@ __all__ = [
     "Result",
     "Times",
     "TokenLogprob",
+    "flash_attn_for",
     "run_batch",
     "run_rows",
     "run_table",

@@ -203,6 +203,11 @@ class Journal:
         return any(line.get("event") == "results" for line in self._lines)
 
     @property
+    def last_run(self) -> dict[str, Any]:
+        """The facts of the run that came last; empty if none is known."""
+        return next((dict(line["run"]) for line in reversed(self._lines) if line.get("digest")), {})
+
+    @property
     def input(self) -> Any:
         """What the input was when it was last read for changes."""
         return next((line["input"] for line in reversed(self._lines) if line.get("input")), None)

@@ -13,6 +13,7 @@ from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field, is_dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from llamastate.batch import choices
 from llamastate.batch.journal import Index, key_of, run_digest
 from llamastate.batch.openai import Defaults, Line, Query, internal, parse
 from llamastate.batch.outfile import OutputFile, StreamOutput, open_output
@@ -152,7 +153,8 @@ def run_batch(
     sync_seconds : float
         Until a result survives a loss of power; the end of the process it survives at once.
     **options
-        For :class:`~llamastate.batch.BatchRunner`: ``n_parallel``, ``n_ctx``, ``store``, ...
+        For :class:`~llamastate.batch.BatchRunner`: ``n_parallel``, ``n_ctx``, ``store``, ... With ``flash_attn="auto"``
+        the first lines of a file, or the results that are there, decide (:func:`~llamastate.batch.flash_attn_for`).
 
     Returns
     -------
@@ -194,7 +196,9 @@ def run_batch(
     source = input if isinstance(input, Source) else Source(input)
     with contextlib.ExitStack() as stack:
         if runner is None:
-            runner = stack.enter_context(_make_runner(model, options))
+            require_apart(input=source, output=output)
+            results = results_of(output) if resume else None
+            runner = stack.enter_context(_make_runner(model, options, source, results, defaults))
         elif options:
             name = min(options)
             raise InvalidArgumentError(f"{name} is for a runner that is made here", name=name, value=options[name])
@@ -205,7 +209,16 @@ def run_batch(
         return run.go(resume=resume, retry_errors=retry_errors, on_change=on_change, handle_signals=handle_signals)
 
 
-def _make_runner(model: Any, options: dict[str, Any]) -> Any:
+def results_of(output: Output) -> str | None:
+    """The path of an output that can be gone on with."""
+    if not isinstance(output, (str, bytes, os.PathLike)) or output in ("-", b"-"):
+        return None
+    return os.path.realpath(os.fsdecode(output))
+
+
+def _make_runner(
+    model: Any, options: dict[str, Any], source: Source, results: str | None, defaults: Defaults
+) -> contextlib.AbstractContextManager[Any]:
     from llamastate.batch.runner import BatchRunner
     from llamastate.model import Model
 
@@ -213,7 +226,8 @@ def _make_runner(model: Any, options: dict[str, Any]) -> Any:
     def made() -> Iterator[Any]:
         with contextlib.ExitStack() as stack:
             loaded = model if isinstance(model, Model) else stack.enter_context(Model(model))
-            yield stack.enter_context(BatchRunner(loaded, **options))
+            chosen = choices.settled(options, source, results, loaded, defaults)
+            yield stack.enter_context(BatchRunner(loaded, **chosen))
 
     return made()
 

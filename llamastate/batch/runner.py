@@ -14,6 +14,7 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 from llamastate.arrays import as_index
+from llamastate.batch.choices import n_ctx_for, n_parallel_for
 from llamastate.batch.engine import Counts, Engine
 from llamastate.batch.jobs import Rules
 from llamastate.batch.parking import Parking
@@ -36,9 +37,6 @@ if TYPE_CHECKING:
 
 __all__ = ["BatchRunner"]
 
-#: Cells for each request that runs, if nobody says how many.
-CELLS_EACH = 512
-
 
 class BatchRunner(Closing):
     """Many requests through one model: decoded together, what they share computed once.
@@ -47,8 +45,9 @@ class BatchRunner(Closing):
     ----------
     model : Model or path-like
         Of a path the model is loaded here, with no more said of it, and closed with the runner.
-    n_parallel : int
-        Outputs generated at once, in [1, 200].
+    n_parallel : int, optional
+        Outputs generated at once, in [1, 200]; by default 16 on a processor, where more gain nothing, and 32 if layers
+        are on a GPU.
     n_ctx : int
         Cells of the cache, for everything that is held at once. By default 512 for each of ``n_parallel`` outputs, or
         as many as the model was trained on (8,192 at most) if that is more: the same wherever it runs. With
@@ -102,9 +101,9 @@ class BatchRunner(Closing):
     *Flash attention on processors.* With it a step of fewer than 64 sequences reads each one's cells alone, once for
     every sequence: the cost goes with what each holds. Without, one multiplication takes all rows by all cells in use:
     cheap where most of them are shared, dear where nothing is. So ``"off"`` is the faster where requests begin with the
-    same long text, and the slower by as much where they do not; a quantised V cache is not to be had with it, and the
-    states of sequences that ran side by side (the store, parking) take longer to copy. ``"auto"`` is on where llama.cpp
-    can.
+    same long text, and the slower by as much where they do not (:func:`~llamastate.batch.flash_attn_for` looks at
+    requests); a quantised V cache is not to be had with it, and the states of sequences that ran side by side (the
+    store, parking) take longer to copy. ``"auto"`` is on where llama.cpp can.
 
     *Reproducible.* The plan depends on the requests and their order, not on time: the same requests give the same
     batches, and so the same outputs, from run to run (unless they come so slowly that others are run in the meantime).
@@ -125,7 +124,7 @@ class BatchRunner(Closing):
         self,
         model: Model | str | os.PathLike[str],
         *,
-        n_parallel: int = 32,
+        n_parallel: int | None = None,
         n_ctx: int = 0,
         store: PrefixStore | None = None,
         n_batch: int = 512,
@@ -143,11 +142,12 @@ class BatchRunner(Closing):
         spill_folder: str | os.PathLike[str] | None = None,
         fixed_shapes: bool = False,
     ) -> None:
-        n_parallel = _within("n_parallel", n_parallel, 1, 200)
-        n_spare = _within("n_spare", n_spare, 0, 255 - n_parallel)
-        n_batch = max(_within("n_batch", n_batch, 1, 1 << 20), n_parallel + n_spare + 1)
-        self._window = _within("window", 4 * n_parallel if window is None else window, 1, 1 << 30)
-        patience = self._window if patience is None else _within("patience", patience, 0, 1 << 30)
+        if n_parallel is not None:
+            n_parallel = _within("n_parallel", n_parallel, 1, 200)
+        n_spare = _within("n_spare", n_spare, 0, 255 - (n_parallel or 32))
+        n_batch = _within("n_batch", n_batch, 1, 1 << 20)
+        window = None if window is None else _within("window", window, 1, 1 << 30)
+        patience = None if patience is None else _within("patience", patience, 0, 1 << 30)
         n_ctx = _within("n_ctx", n_ctx, 0, (1 << 31) - 257)
         longest = None if max_model_len is None else _within("max_model_len", max_model_len, 1, 1 << 30)
         reserve = _within("reserve", reserve, 1, 1 << 30)
@@ -158,10 +158,13 @@ class BatchRunner(Closing):
             what = type(given).__name__
             raise InvalidArgumentError(f"model is {what}: a Model, or the path of one", name="model", value=given)
         self.model = model = given
+        n_parallel = n_parallel or n_parallel_for(model)
         n_seq = n_parallel + n_spare + 1
+        n_batch = max(n_batch, n_seq)
+        self._window = window or 4 * n_parallel
         params: dict[str, Any] = {"type_k": type_k, "type_v": type_v, "flash_attn": flash_attn, "n_threads": n_threads}
         params.update(n_seq_max=n_seq, n_batch=n_batch, n_ubatch=n_ubatch or n_batch, kv_unified=not fixed_shapes)
-        default = _default_cells(model, 2 * n_seq if fixed_shapes else n_parallel)
+        default = n_ctx_for(model, 2 * n_seq if fixed_shapes else n_parallel)
         try:
             self.ctx = Context(model, n_ctx=n_ctx or default, **params)
         except BaseException as error:
@@ -183,7 +186,7 @@ class BatchRunner(Closing):
             fork_anywhere=kind == "attention",
             min_share=8 if kind == "attention" else 32,
             reserve=reserve,
-            patience=patience,
+            patience=self._window if patience is None else patience,
             grid=min(128, self.ctx.n_batch) if fixed_shapes else None,
         )
         self._engine = Engine(self.ctx, rules, self._parking, store)
@@ -440,8 +443,3 @@ def _within(name: str, value: object, low: int, high: int) -> int:
     if not low <= number <= high:
         raise InvalidArgumentError(f"{name} = {number} is not in [{low}, {high}]", name=name, value=value, limit=high)
     return number
-
-
-def _default_cells(model: Model, n_parallel: int) -> int:
-    # of nothing that changes from day to day: it decides how long an output can be
-    return max(n_parallel * CELLS_EACH, min(model.n_ctx_train, 8192))

@@ -86,11 +86,11 @@ def run_table(input: Input | pa.Table, output: str | os.PathLike[str], **options
     -----
     Errors besides these are those of :func:`~llamastate.batch.run_batch`. Memory does not grow with the table.
     """
-    source = _TableSource(input) if _is_table_like(input) else Source(input)
+    source = source_of(input)
     if not is_table(output):
         return run_batch(source, output, **options)
     path = os.path.realpath(os.fspath(output))
-    results = f"{path}.results.jsonl"
+    results = results_of(output)
     require_apart(input=source, output=path, results=results)
     _require_ours(path, results)
     hidden = [name for name in source.schema.names if name in COLUMNS] if isinstance(source, _TableSource) else ()
@@ -104,6 +104,16 @@ def run_table(input: Input | pa.Table, output: str | os.PathLike[str], **options
         if summary.stopped is None:
             _write_table(source, results, path)
     return summary
+
+
+def source_of(given: Any) -> Source:
+    """The lines of a table, or of anything else that has some."""
+    return _TableSource(given) if _is_table_like(given) else Source(given)
+
+
+def results_of(output: str | os.PathLike[str]) -> str:
+    """Where results are kept until a table is written."""
+    return f"{os.path.realpath(os.fspath(output))}.results.jsonl"
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------
