@@ -19,6 +19,7 @@ from llamastate.arrays import Int32Array
 from llamastate.batch.journal import Journal
 from llamastate.batch.openai import Defaults, Line, parse, read_line
 from llamastate.batch.request import Request
+from llamastate.batch.rows import STEP_COST
 from llamastate.batch.tasks import prompt_tokens
 from llamastate.errors import InvalidRequestError, LlamaStateError
 from llamastate.sessioncore import common_prefix
@@ -27,12 +28,10 @@ if TYPE_CHECKING:
     from llamastate.batch.source import Source
     from llamastate.model import Model
 
-__all__ = ["flash_attn_for", "n_ctx_for", "n_parallel_for", "settled"]
+__all__ = ["flash_attn_for", "is_tiled", "n_ctx_for", "n_parallel_for", "settled"]
 
 #: Cells for each request that runs, if nobody says how many.
 CELLS_EACH = 512
-#: What a row takes for a cell in a step with flash attention, in what it takes in a tile, or without.
-STEP_COST = 12
 #: How much cheaper it has to be without: chunks and cells are only guessed.
 CLEARLY = 0.8
 #: Tokens that an answer is thought to have, if it may have more.
@@ -47,6 +46,11 @@ def n_parallel_for(model: Model) -> int:
 def n_ctx_for(model: Model, n_parallel: int) -> int:
     """Cells of the cache: of nothing that changes from day to day, for it decides how long an output can be."""
     return max(n_parallel * CELLS_EACH, min(model.n_ctx_train, 8192))
+
+
+def is_tiled(model: Model, flash_attn: str, type_k: str, type_v: str) -> bool:
+    """Whether a batch of many rows is attended to in tiles: flash attention, as processors have it."""
+    return _on_processor(model) and flash_attn != "off" and type_k == type_v and type_k in ("f16", "f32")
 
 
 def flash_attn_for(model: Model, requests: Iterable[Request], *, n_parallel: int | None = None, n_ctx: int = 0) -> str:

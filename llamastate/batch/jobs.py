@@ -56,6 +56,8 @@ class Rules:
     grid : int or None
         The same shapes whatever the company: chunks of a prompt end at multiples of this and go alone, and so does
         every step of all that generate.
+    tiled : bool
+        Whether rows are computed in tiles where a batch has many: see :func:`~llamastate.batch.rows.tiles_are_dear`.
     """
 
     n_slots: int
@@ -68,6 +70,7 @@ class Rules:
     reserve: int = 256
     patience: int = 128
     grid: int | None = None
+    tiled: bool = False
 
 
 class Phase(IntEnum):

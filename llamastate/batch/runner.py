@@ -14,7 +14,7 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 from llamastate.arrays import as_index
-from llamastate.batch.choices import n_ctx_for, n_parallel_for
+from llamastate.batch.choices import is_tiled, n_ctx_for, n_parallel_for
 from llamastate.batch.engine import Counts, Engine
 from llamastate.batch.jobs import Rules
 from llamastate.batch.parking import Parking
@@ -188,6 +188,7 @@ class BatchRunner(Closing):
             reserve=reserve,
             patience=self._window if patience is None else patience,
             grid=min(128, self.ctx.n_batch) if fixed_shapes else None,
+            tiled=is_tiled(model, flash_attn, type_k, type_v),
         )
         self._engine = Engine(self.ctx, rules, self._parking, store)
         self._turn = threading.Lock()

@@ -30,7 +30,7 @@ from llamastate.batch.jobs import (
     Unpark,
 )
 from llamastate.batch.radix import Colour, RadixTree
-from llamastate.batch.rows import fixed_rows, mixed_rows
+from llamastate.batch.rows import fixed_rows, mixed_rows, tiles_are_dear
 from llamastate.batch.waiting import WaitingLine
 from llamastate.sessioncore import common_prefix
 
@@ -495,4 +495,11 @@ class Scheduler:
                 yield from self._evict(wanted - room, anyone=True)
                 room = self.cells.free
             break
-        self.rows = mixed_rows(steps, prompts, min(self.rules.budget, room))
+        room = min(self.rules.budget, room)
+        if self.rules.tiled and tiles_are_dear(steps, prompts, room, self.cells.used):
+            # Prompts first: the more are through, the more one step does. There are fewer of them than slots, and the
+            # cells of the step are left to it.
+            self.rows = mixed_rows((), prompts, room - len(steps))
+            if self.rows:
+                return
+        self.rows = mixed_rows(steps, prompts, room)

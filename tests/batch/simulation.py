@@ -26,6 +26,8 @@ class Simulation:
         self.computed = 0
         self.loaded = 0
         self.decodes = 0
+        #: Batches of both prompts and steps.
+        self.n_mixed = 0
         self._seen: set[Job] = set()
 
     def add(self, tokens: list[int], limit: int = 4, **fields: object) -> Job:
@@ -61,6 +63,7 @@ class Simulation:
             self.computed += end - start
             assert self.tokens_of(job.seq) == self.text_of(job)[:end]
         self.decodes += bool(rows)
+        self.n_mixed += len({start < job.n_prompt for job, start, _ in rows}) > 1
         if self.rules.n_cells is not None:
             assert self.used <= self.rules.n_cells
         assert rows or not scheduler.running, "somebody runs and nothing is decoded"

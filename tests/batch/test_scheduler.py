@@ -6,6 +6,7 @@ import random
 
 import pytest
 
+from llamastate.batch import rows
 from llamastate.batch.jobs import Job, Rules
 from tests.batch.simulation import Simulation
 
@@ -181,10 +182,30 @@ def test_the_store_is_asked_where_nobody_has_more(anywhere):
     assert len(sim.done) == 6
 
 
+def mixtures(n_shared: int, n_own: int, **fields: object) -> tuple[int, Simulation]:
+    """How many batches had both prompts and steps in them, of a run in which slots come free one by one."""
+    sim = Simulation(rules(n_slots=16, n_cells=8000, max_tokens=4000, budget=256, **fields))
+    for i in range(40):
+        sim.add(text(0, n_shared) + text(i + 1, n_own), 5 + 3 * i)
+    sim.run()
+    return sim.n_mixed, sim
+
+
+def test_prompts_by_themselves_where_rows_are_computed_in_tiles():
+    """Those that generate pay for the cells of all in a tile: nothing is lost where those are common to them."""
+    alone, sim = mixtures(0, 200, tiled=True)
+    both, other = mixtures(0, 200)
+    assert alone == 0 < both
+    assert sim.computed == other.computed
+    assert mixtures(3000, 100, tiled=True)[0] > 0.9 * mixtures(3000, 100)[0] > 0
+    assert mixtures(0, 3, tiled=True)[0] == mixtures(0, 3)[0] > 0  # too few rows for a tile
+
+
 @pytest.mark.parametrize("seed", range(60))
-def test_anything(seed):
+def test_anything(seed, monkeypatch):
     """Random requests, memory, prefixes, coming at random moments, some of them given up: all invariants hold."""
     rng = random.Random(seed)
+    monkeypatch.setattr(rows, "TILE", 2 << seed % 5)
     n_cells = rng.choice([60, 120, 400, None])
     most = 60 if n_cells is None else n_cells
     anywhere = rng.random() < 0.5
@@ -199,6 +220,7 @@ def test_anything(seed):
         reserve=rng.choice([1, 8, 64]),
         patience=rng.choice([0, 3, 50]),
         grid=None if n_cells is not None else rng.choice([None, 8]),
+        tiled=seed % 4 > 0,
     )
     stored: dict[Job, int] = {}
     sim = Simulation(given, stored=stored)
@@ -228,8 +250,10 @@ def test_anything(seed):
     assert overtaken(sim, [job for job in jobs if job not in given_up]) <= given.patience
 
 
-def test_nobody_starves_where_room_is_short():
+@pytest.mark.parametrize("tiled", [False, True])
+def test_nobody_starves_where_room_is_short(tiled, monkeypatch):
     """So little that admissions are taken back, of some that are alike and many that are not."""
+    monkeypatch.setattr(rows, "TILE", 4)
     n_preemptions = n_gave_way = 0
     for seed in range(20):
         rng = random.Random(seed)
@@ -242,6 +266,7 @@ def test_nobody_starves_where_room_is_short():
             fork_anywhere=rng.random() < 0.5,
             reserve=1,
             patience=rng.choice([0, 1, 3]),
+            tiled=tiled,
         )
         sim = Simulation(given)
         root = text(1000, 12)
