@@ -19,7 +19,7 @@ from llamastate.arrays import Int32Array
 from llamastate.batch.journal import Journal
 from llamastate.batch.openai import Defaults, Line, parse, read_line
 from llamastate.batch.request import Request
-from llamastate.batch.rows import STEP_COST
+from llamastate.batch.rows import CLEARLY, STEP_COST
 from llamastate.batch.tasks import prompt_tokens
 from llamastate.errors import InvalidRequestError, LlamaStateError
 from llamastate.sessioncore import common_prefix
@@ -32,8 +32,6 @@ __all__ = ["flash_attn_for", "is_tiled", "n_ctx_for", "n_parallel_for", "settled
 
 #: Cells for each request that runs, if nobody says how many.
 CELLS_EACH = 512
-#: How much cheaper it has to be without: chunks and cells are only guessed.
-CLEARLY = 0.8
 #: Tokens that an answer is thought to have, if it may have more.
 EXPECTED = 128
 

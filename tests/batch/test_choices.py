@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from llamastate import Model
-from llamastate.batch import BatchRunner, Defaults, Request, choices, flash_attn_for, run_batch
+from llamastate.batch import BatchRunner, Defaults, Request, choices, flash_attn_for, rows, run_batch
 from llamastate.batch.journal import Journal
 from llamastate.batch.source import Source
 from tests import helpers, tiny
@@ -36,7 +36,7 @@ def prompts_of(n: int, n_shared: int, n_own: int, n_made: int) -> list[tuple[np.
 )  # fmt: skip
 def test_as_measured(workload: tuple[int, ...], n_parallel: int, on: float, off: float) -> None:
     guessed = choices._costs(prompts_of(*workload), n_parallel, 8192)
-    assert (guessed[1] < choices.CLEARLY * guessed[0]) is (off < on)
+    assert (guessed[1] < rows.CLEARLY * guessed[0]) is (off < on)
 
 
 def test_groups_run_together() -> None:
@@ -47,7 +47,7 @@ def test_groups_run_together() -> None:
     mixed = [prompt for four in zip(*groups, strict=True) for prompt in four]
     assert choices._costs(mixed, 16, 8192) == choices._costs(list(chain(*groups)), 16, 8192)
     on, off = choices._costs(mixed, 16, 8192)
-    assert off < choices.CLEARLY * on
+    assert off < rows.CLEARLY * on
 
 
 def test_nothing_to_go_by() -> None:
