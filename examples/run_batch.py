@@ -129,9 +129,7 @@ def main() -> int:
         topic = line["custom_id"].rpartition("-")[0]
         print(f"\n  Q: ({topic}) {line['body']['messages'][1]['content']}")
         print(f"  A: {found[line['custom_id']]['choices'][0]['message']['content'].strip()}")
-    print(
-        "\n  (135 M parameters are often wrong. Where two tokens are nearly as likely, the company in a batch can turn"
-    )
+    print("\n  (135 M parameters are often wrong. Where two tokens are nearly as likely, the company in a batch can")
     print("  turn the scale, in llama.cpp itself: --fixed-shapes makes answers reproducible)\n")
 
     n_prompt = sum(body["usage"]["prompt_tokens"] for body in found.values())
