@@ -41,9 +41,9 @@ def n_parallel_for(model: Model) -> int:
     return 16 if _on_processor(model) else 32
 
 
-def n_ctx_for(model: Model, n_parallel: int) -> int:
-    """Cells of the cache: of nothing that changes from day to day, for it decides how long an output can be."""
-    return max(n_parallel * CELLS_EACH, min(model.n_ctx_train, 8192))
+def n_ctx_for(model: Model, n_parallel: int | None) -> int:
+    """Cells of the cache: of nothing that changes from day to day, or with the machine, for it decides what fits."""
+    return max((n_parallel or 32) * CELLS_EACH, min(model.n_ctx_train, 8192))
 
 
 def is_tiled(model: Model, flash_attn: str, type_k: str, type_v: str) -> bool:
@@ -81,13 +81,15 @@ def flash_attn_for(model: Model, requests: Iterable[Request], *, n_parallel: int
     """
     if not _on_processor(model) or model.memory_kind != "attention":
         return "auto"
+    n_cells = n_ctx or n_ctx_for(model, n_parallel)
     n_parallel = n_parallel or n_parallel_for(model)
     prompts: list[tuple[Int32Array, int]] = []
-    for request in islice((r for r in requests if r.kind == "generate"), 4 * n_parallel):
+    for request in islice(requests, 4 * n_parallel):
         with contextlib.suppress(LlamaStateError, TypeError, ValueError, AttributeError):
-            n_made = request.n * min(request.max_tokens, EXPECTED)
-            prompts.append((prompt_tokens(request, model), n_made))
-    on, off = _costs(prompts, n_parallel, n_ctx or n_ctx_for(model, n_parallel))
+            if request.kind == "generate":
+                n_made = request.n * min(request.max_tokens, EXPECTED)
+                prompts.append((prompt_tokens(request, model), n_made))
+    on, off = _costs(prompts, n_parallel, n_cells)
     return "off" if off < CLEARLY * on else "auto"
 
 
@@ -133,15 +135,18 @@ def settled(
     defaults : Defaults
     """
     chosen = dict(options)
-    types = {chosen.get(name, "f16") for name in ("type_k", "type_v")}
-    if chosen.get("flash_attn", "auto") != "auto" or chosen.get("fixed_shapes") or types - {"f16", "f32", "bf16"}:
+    plain = all(chosen.get(name, "f16") in ("f16", "f32", "bf16") for name in ("type_k", "type_v"))
+    n_parallel, n_ctx = chosen.get("n_parallel"), chosen.get("n_ctx", 0)
+    # what cannot be is for the runner to tell
+    sound = isinstance(n_ctx, int) and (n_parallel is None or (isinstance(n_parallel, int) and 0 < n_parallel <= 200))
+    if chosen.get("flash_attn", "auto") != "auto" or chosen.get("fixed_shapes") or not (plain and sound):
         return chosen
     was = None if results is None else _transposed(f"{results}.journal")
     if was is not None:
         chosen["flash_attn"] = "off" if was else "on"
     elif source.again:
-        n_parallel, n_ctx = chosen.get("n_parallel"), chosen.get("n_ctx", 0)
-        chosen["flash_attn"] = flash_attn_for(model, _requests(source, defaults), n_parallel=n_parallel, n_ctx=n_ctx)
+        lines = islice(source.lines(), 4 * (n_parallel or n_parallel_for(model)))
+        chosen["flash_attn"] = flash_attn_for(model, _requests(lines, defaults), n_parallel=n_parallel, n_ctx=n_ctx)
     return chosen
 
 
@@ -153,8 +158,8 @@ def _transposed(journal: str) -> bool | None:
     return None
 
 
-def _requests(source: Source, defaults: Defaults) -> Iterator[Request]:
-    for number, raw in source.lines():
+def _requests(lines: Iterable[tuple[int, bytes | Line]], defaults: Defaults) -> Iterator[Request]:
+    for number, raw in lines:
         line = raw if isinstance(raw, Line) else read_line(raw, number)
         if line.error is None:
             with contextlib.suppress(InvalidRequestError):

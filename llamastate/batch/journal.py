@@ -205,7 +205,7 @@ class Journal:
     @property
     def last_run(self) -> dict[str, Any]:
         """The facts of the run that came last; empty if none is known."""
-        return next((dict(line["run"]) for line in reversed(self._lines) if line.get("digest")), {})
+        return next((run for line in reversed(self._lines) if isinstance(run := line.get("run"), dict)), {})
 
     @property
     def input(self) -> Any:
@@ -240,7 +240,7 @@ class Journal:
 
     def begin(self, **more: Any) -> None:
         """Note that a run begins."""
-        if not any(line.get("digest") == self.run for line in self._lines):
+        if next((line["digest"] for line in reversed(self._lines) if line.get("digest")), None) != self.run:
             self.note(digest=self.run, run=self.facts)
         self.note(event="start", **more)
 

@@ -213,7 +213,9 @@ def results_of(output: Output) -> str | None:
     """The path of an output that can be gone on with."""
     if not isinstance(output, (str, bytes, os.PathLike)) or output in ("-", b"-"):
         return None
-    return os.path.realpath(os.fsdecode(output))
+    with contextlib.suppress(ValueError):  # it is told where it is opened
+        return os.path.realpath(os.fsdecode(output))
+    return None
 
 
 def _make_runner(

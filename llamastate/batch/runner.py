@@ -49,7 +49,8 @@ class BatchRunner(Closing):
         Outputs generated at once, in [1, 200]; by default 16 on a processor, where more gain nothing, and 32 if layers
         are on a GPU.
     n_ctx : int
-        Cells of the cache, for everything that is held at once. By default 512 for each of ``n_parallel`` outputs, or
+        Cells of the cache, for everything that is held at once. By default 512 for each of ``n_parallel`` outputs (of
+        32 if that is not given), or
         as many as the model was trained on (8,192 at most) if that is more: the same wherever it runs. With
         ``fixed_shapes`` 1,024 for each sequence.
     store : PrefixStore, optional
@@ -158,13 +159,15 @@ class BatchRunner(Closing):
             what = type(given).__name__
             raise InvalidArgumentError(f"model is {what}: a Model, or the path of one", name="model", value=given)
         self.model = model = given
+        default = n_ctx_for(model, n_parallel)
         n_parallel = n_parallel or n_parallel_for(model)
         n_seq = n_parallel + n_spare + 1
         n_batch = max(n_batch, n_seq)
         self._window = window or 4 * n_parallel
         params: dict[str, Any] = {"type_k": type_k, "type_v": type_v, "flash_attn": flash_attn, "n_threads": n_threads}
         params.update(n_seq_max=n_seq, n_batch=n_batch, n_ubatch=n_ubatch or n_batch, kv_unified=not fixed_shapes)
-        default = n_ctx_for(model, 2 * n_seq if fixed_shapes else n_parallel)
+        if fixed_shapes:
+            default = n_ctx_for(model, 2 * n_seq)
         try:
             self.ctx = Context(model, n_ctx=n_ctx or default, **params)
         except BaseException as error:

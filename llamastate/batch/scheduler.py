@@ -77,6 +77,8 @@ class Scheduler:
         self._n_keys = 0
         self._n_admitted = 0
         self._tick = 0
+        #: Batches of prompts alone since those that generate were last in one.
+        self._put_off = 0
 
     # --- coming and going ---------------------------------------------------------------------------------------------
 
@@ -497,9 +499,11 @@ class Scheduler:
             break
         room = min(self.rules.budget, room)
         if self.rules.tiled and tiles_are_dear(steps, prompts, room, self.cells.used):
-            # Prompts first: the more are through, the more one step does. There are fewer of them than slots, and the
-            # cells of the step are left to it.
-            self.rows = mixed_rows((), prompts, room - len(steps))
+            # Prompts first: the more are through, the more one step does, whose cells are left to it. But prompts whose
+            # first token is their last make room for others without end.
+            self.rows = mixed_rows((), prompts, room - len(steps)) if self._put_off < self.rules.n_slots else []
             if self.rows:
+                self._put_off += 1
                 return
+        self._put_off = 0
         self.rows = mixed_rows(steps, prompts, room)

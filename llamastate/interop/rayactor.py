@@ -85,8 +85,9 @@ class Worker:
             answers = self._service.answers(table)
         except LlamaStateError as error:
             raise of_user_code(error) from None
-        if self._store is not None:
-            # an actor ends without a farewell; and others may want it now
+        if self._store is not None and self._service.idle:
+            # An actor ends without a farewell, and others may want it now. While others are under way there is no end
+            # to what is to be written; it is, all the same.
             self._store.flush()
         yield rayrows.append(table, answers, self._columns)
 

@@ -55,14 +55,21 @@ class Service:
         batch = _Batch(table)
         if batch.left:
             with self._lock:
-                self._waiting.append(batch)
                 if self._thread is None:
                     # it does not keep an actor alive
-                    self._thread = threading.Thread(target=self._serve, name="llamastate-ray", daemon=True)
-                    self._thread.start()
+                    thread = threading.Thread(target=self._serve, name="llamastate-ray", daemon=True)
+                    thread.start()
+                    self._thread = thread
+                self._waiting.append(batch)
                 if not self._coming.done():
                     self._coming.set_result(None)
         return batch.done.result()
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is under way."""
+        with self._lock:
+            return not self._waiting and not self._begun
 
     def _serve(self) -> None:
         while True:
@@ -77,7 +84,12 @@ class Service:
                         self._answer(batch, index, facts)
             except BaseException as error:
                 # The run is over for everything that it had read. What comes next may fare better.
-                for batch in list(self._begun):
+                begun = list(self._begun)
+                if not begun:  # it did not come so far
+                    with self._lock:
+                        begun = list(self._waiting)
+                        self._waiting.clear()
+                for batch in begun:
                     self._fail(batch, error)
 
     def _promise(self) -> Future[None]:
@@ -97,6 +109,8 @@ class Service:
                 batch = self._waiting.popleft()
             self._begun.add(batch)
             for item in self._reader.read(batch.table, batch):
+                if batch.done.done():
+                    break  # it has failed
                 if isinstance(item, rayrows.Answered):
                     self._answer(batch, item.index, item.facts)
                 else:

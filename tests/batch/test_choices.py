@@ -13,6 +13,7 @@ from llamastate import Model
 from llamastate.batch import BatchRunner, Defaults, Request, choices, flash_attn_for, rows, run_batch
 from llamastate.batch.journal import Journal
 from llamastate.batch.source import Source
+from llamastate.errors import ContextCreateError, InvalidArgumentError
 from tests import helpers, tiny
 from tests.batch.lines import by_id, chat, write
 
@@ -130,6 +131,51 @@ def test_results_are_gone_on_with_as_they_were_begun(tmp_path: Path, first: str)
     # begun anew, it is chosen anew
     run_batch(source, out, model=m, resume=False, **settings)
     assert transposed(out) is True
+
+
+def test_done_again_with_the_other_and_back(tmp_path: Path) -> None:
+    """The last run counts, also if there was one like it before the one before."""
+    m = helpers.model("chat")
+    settings: dict[str, Any] = {"model": m, "n_parallel": 4, "n_ctx": 2048, "n_threads": 1}
+    source, out = file_of(tmp_path, shared=True), tmp_path / "out"
+    for how in ("off", "on", "off"):
+        run_batch(source, out, flash_attn=how, on_change="redo", **settings)
+    out.write_bytes(b"".join(out.read_bytes().splitlines(keepends=True)[:5]))
+    assert run_batch(source, out, **settings).skipped == 5
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"n_parallel": -1}, {"n_parallel": "8"}, {"n_parallel": 1 << 62}, {"n_ctx": "4096"}, {"type_k": ["f16"]}],
+)
+def test_settings_that_cannot_be(tmp_path: Path, options: dict[str, Any]) -> None:
+    with pytest.raises((InvalidArgumentError, ContextCreateError)):
+        run_batch(file_of(tmp_path, shared=True), tmp_path / "out", model=helpers.model("chat"), **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_requests_of_another_kind_are_not_all_read() -> None:
+    n_read = 0
+
+    def embeddings() -> Any:
+        nonlocal n_read
+        for n_read in range(1, 10_000):
+            yield Request(str(n_read), LONG, "embed")
+
+    assert flash_attn_for(helpers.model("chat"), embeddings(), n_parallel=4) == "auto"
+    assert n_read <= 17
+    no_request: Any = {"x": 1}
+    assert flash_attn_for(helpers.model("chat"), [no_request]) == "auto"
+
+
+def test_cells_are_the_same_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What fits does not depend on whether there is a GPU."""
+    m = helpers.model("chat")
+    monkeypatch.setattr(Model, "n_ctx_train", 32768)
+    found = [choices.n_ctx_for(m, None)]
+    monkeypatch.setattr(choices, "_on_processor", lambda _: False)
+    assert [*found, choices.n_ctx_for(m, None)] == [16384, 16384]
+    assert choices.n_ctx_for(m, 64) == 32768
 
 
 def test_what_somebody_said_stays(tmp_path: Path) -> None:

@@ -202,6 +202,19 @@ def test_prompts_by_themselves_where_rows_are_computed_in_tiles():
     assert mixtures(0, 3, tiled=True)[0] == mixtures(0, 3)[0] > 0  # too few rows for a tile
 
 
+def test_steps_go_on_beside_prompts_without_end():
+    """A prompt whose first token is its last leaves its slot at once, and another one comes."""
+    sim = Simulation(rules(n_slots=4, n_cells=4000, max_tokens=4000, budget=256, tiled=True))
+    slow = [sim.add(text(i, 600), 20) for i in range(2)]
+    for i in range(400):
+        sim.add(text(1000 + i, 100), 1)
+        sim.step()
+        if all(job in sim.done for job in slow):
+            break
+    assert all(job in sim.done for job in slow)
+    sim.run()
+
+
 @pytest.mark.parametrize(
     ("n_steps", "held", "n_prompts", "prompt", "rows_each", "n_used", "dear"),
     [

@@ -24,7 +24,7 @@ import pytest
 
 from llamastate import LlamaStateError, Model, SamplingParams, Snapshot, errors
 from llamastate.batch import BatchRunner, Output, Request, Result
-from llamastate.errors import InvalidArgumentError, InvalidRequestError, ModelLoadError
+from llamastate.errors import ClosedError, InvalidArgumentError, InvalidRequestError, ModelLoadError
 from llamastate.interop import rayrows
 from llamastate.interop.ray import ProcessorConfig, build_processor, warm
 from llamastate.interop.rayactor import Given, Worker, of_user_code, prefill
@@ -244,6 +244,26 @@ def test_batches_side_by_side(config):
     found = second["generated_tokens"].to_pylist() + third["generated_tokens"].to_pylist()[1:]
     assert found == expected
     assert not next(iter(worker(table_of([{"prompt": "x"}]).slice(0, 0)))).num_rows
+
+
+def test_a_batch_that_has_failed_is_not_read_on(config):
+    worker = Worker(replace(config, engine_kwargs={**ENGINE, "n_parallel": 1}))
+    bad = {"temperature": -1}
+    rows = [{"prompt": "the", "sampling_params": bad}]
+    rows += [{"prompt": f"of {i}", "sampling_params": {"max_tokens": 700, "ignore_eos": True}} for i in range(40)]
+    with pytest.raises(InvalidRequestError, match="temperature"):
+        list(worker(table_of(rows)))
+    list(worker(table_of([{"prompt": "is"}])))
+    assert worker._service._runner.stats.generated_tokens < 20 * 700
+
+
+def test_a_run_that_does_not_begin_is_told(config):
+    worker = Worker(config)
+    worker._service._runner.close()
+    for _ in range(2):
+        with pytest.raises(ClosedError):
+            list(worker(table_of([{"prompt": "is"}])))
+    assert worker._service.idle
 
 
 def test_what_ends_the_run_fails_all_that_is_under_way(config, monkeypatch):
