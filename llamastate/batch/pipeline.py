@@ -194,15 +194,14 @@ def run_batch(
         raise InvalidArgumentError("give a model or a runner, one of them", name="runner", value=runner)
     defaults = defaults or Defaults()
     source = input if isinstance(input, Source) else Source(input)
+    require_apart(input=source, output=output)
     with contextlib.ExitStack() as stack:
         if runner is None:
-            require_apart(input=source, output=output)
             results = results_of(output) if resume else None
             runner = stack.enter_context(_make_runner(model, options, source, results, defaults))
         elif options:
             name = min(options)
             raise InvalidArgumentError(f"{name} is for a runner that is made here", name=name, value=options[name])
-        require_apart(input=source, output=output)
         facts, names = facts_of(runner, defaults), names_of(runner, model_name)
         run = _Run(source, open_output(output, facts, interval=sync_seconds), runner, facts, defaults)
         run.names, run.on_progress, run.on_result = names, on_progress, on_result

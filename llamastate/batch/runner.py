@@ -159,15 +159,13 @@ class BatchRunner(Closing):
             what = type(given).__name__
             raise InvalidArgumentError(f"model is {what}: a Model, or the path of one", name="model", value=given)
         self.model = model = given
-        default = n_ctx_for(model, n_parallel)
-        n_parallel = n_parallel or n_parallel_for(model)
+        n_asked, n_parallel = n_parallel, n_parallel or n_parallel_for(model)
         n_seq = n_parallel + n_spare + 1
         n_batch = max(n_batch, n_seq)
         self._window = window or 4 * n_parallel
         params: dict[str, Any] = {"type_k": type_k, "type_v": type_v, "flash_attn": flash_attn, "n_threads": n_threads}
         params.update(n_seq_max=n_seq, n_batch=n_batch, n_ubatch=n_ubatch or n_batch, kv_unified=not fixed_shapes)
-        if fixed_shapes:
-            default = n_ctx_for(model, 2 * n_seq)
+        default = n_ctx_for(model, 2 * n_seq if fixed_shapes else n_asked)
         try:
             self.ctx = Context(model, n_ctx=n_ctx or default, **params)
         except BaseException as error:

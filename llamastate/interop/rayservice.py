@@ -40,7 +40,7 @@ class Service:
         #: Batches that the runner has not been given yet, and the promise of the next one.
         self._waiting: deque[_Batch] = deque()
         self._coming: Future[None] = Future()
-        #: Those that it has begun; known to the thread alone.
+        #: Those that it has begun; changed by its thread alone. A batch is in one of the two until it is done.
         self._begun: set[_Batch] = set()
         self._thread: threading.Thread | None = None
 
@@ -107,7 +107,7 @@ class Service:
                 continue
             with self._lock:
                 batch = self._waiting.popleft()
-            self._begun.add(batch)
+                self._begun.add(batch)
             for item in self._reader.read(batch.table, batch):
                 if batch.done.done():
                     break  # it has failed

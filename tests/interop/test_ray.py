@@ -257,6 +257,23 @@ def test_a_batch_that_has_failed_is_not_read_on(config):
     assert worker._service._runner.stats.generated_tokens < 20 * 700
 
 
+def test_the_store_is_waited_for_by_the_last_one_only(config, tmp_path, monkeypatch):
+    """While others are under way there is no end to what is to be written."""
+    worker = Worker(replace(config, store=tmp_path / "store"))
+    flushed = []
+    monkeypatch.setattr(worker._store, "flush", lambda: flushed.append(worker._service.idle))
+    long = {"max_tokens": 700, "ignore_eos": True, "temperature": 0}
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(list, worker(table_of([{"prompt": "the of", "sampling_params": long}])))
+        while not worker._service._begun:
+            time.sleep(0.001)
+        list(worker(table_of([{"prompt": "is"}])))
+        assert not first.done()
+        assert not flushed
+        first.result()
+    assert flushed == [True]
+
+
 def test_a_run_that_does_not_begin_is_told(config):
     worker = Worker(config)
     worker._service._runner.close()
