@@ -49,9 +49,14 @@ def _whole_tiles(n_rows: int) -> int:
 
 
 def mixed_rows(steps: Iterable[Job], prompts: Iterable[Job], room: int) -> list[Row]:
-    """One token of all that generate, and as much of prompts as fits ``room`` tokens."""
-    rows = [Row(job, job.held, job.held + 1) for job in steps]
-    left = room - len(rows)
+    """As much of prompts as fits ``room`` tokens beside one token of all that generate.
+
+    Prompts are first, for llama.cpp gives out cells from the lowest: the low ones are to be theirs who stay longest.
+    Attention goes over all cells up to the last used one, and what has ended leaves gaps.
+    """
+    ends = [Row(job, job.held, job.held + 1) for job in steps]
+    rows = []
+    left = room - len(ends)
     for job in prompts:
         end = min(job.n_prompt, job.held + left)
         for stop in job.stops:
@@ -61,7 +66,7 @@ def mixed_rows(steps: Iterable[Job], prompts: Iterable[Job], room: int) -> list[
         if end > job.held:
             rows.append(Row(job, job.held, end))
             left -= end - job.held
-    return rows
+    return rows + ends
 
 
 def fixed_rows(running: Iterable[Job], grid: int) -> list[Row]:

@@ -31,6 +31,7 @@ from llamastate.batch.jobs import (
 )
 from llamastate.batch.radix import Colour, RadixTree
 from llamastate.batch.rows import fixed_rows, mixed_rows, tiles_are_dear
+from llamastate.batch.sources import best_source, can_give, on_grid
 from llamastate.batch.waiting import WaitingLine
 from llamastate.sessioncore import common_prefix
 
@@ -194,6 +195,8 @@ class Scheduler:
             return
         if any(job.gave_way and not job.held for job in self.running.values()):
             return  # it had to give its place back, and is not to again because of others
+        if self._more_next():
+            return
         promised = sum(self._promised(job) for job in self.running.values())
         while self._free_slots and self.waiting:
             job = self._choose()
@@ -214,6 +217,14 @@ class Scheduler:
             if stored:
                 yield Load(job, stored)
             promised += self._promised(job)
+
+    def _more_next(self) -> bool:
+        """Whether the next step certainly frees more places than are free: all are taken together then.
+
+        Prompts cost less together, while cells are few, than one by one beside steps of others.
+        """
+        ending = sum(job.phase is Phase.GENERATE and job.limit - job.made == 1 for job in self.running.values())
+        return ending > len(self._free_slots) and self.rules.grid is None
 
     def _promised(self, job: Job) -> int:
         """Cells that a job was told it would find."""
@@ -257,31 +268,15 @@ class Scheduler:
                 source.used = self._tick
         if job.share and not self.rules.fork_anywhere:
             for stop in self.tree.branches(job.tokens, Colour.WAITING):
-                stop = self._on_grid(min(stop, job.n_prompt))
-                if stop >= self.rules.min_share and stop > n and stop not in job.stops:
+                stop = on_grid(min(stop, job.n_prompt), self.rules.grid)
+                if stop >= n + self.rules.min_share and stop not in job.stops:
                     insort(job.stops, stop)
 
-    def _on_grid(self, n: int) -> int:
-        return n if self.rules.grid is None else n - n % self.rules.grid
-
     def _source(self, job: Job) -> tuple[Source | None, int]:
-        """The sequence that has, or will have, the longest prefix of a job's prompt, and its length."""
-        best: Source | None = None
-        best_n = 0
-        twin = job.twin_of
+        """The sequence to take a job's beginning from, and how much of it."""
         if not job.share or self._matched(job) < self.rules.min_share:
             return None, 0
-        holders: list[Source] = [*self.kept.values(), *self.running.values()]
-        for holder in holders:
-            if holder is job or (isinstance(holder, Job) and not holder.share) or self._waits_for(holder, job):
-                continue
-            n = common_prefix(holder.tokens, job.tokens)
-            whole = twin is not None and n == job.n_prompt and (holder is twin or isinstance(holder, Kept))
-            if not whole:
-                n = self._on_grid(min(n, job.n_prompt - 1))
-            if n > best_n and n >= self.rules.min_share and self._can_give(holder, n):
-                best, best_n = holder, n
-        return best, best_n
+        return best_source(job, [*self.kept.values(), *self.running.values()], self.rules)
 
     def _matched(self, job: Job) -> int:
         """How much of a job's prompt is resident, itself left out."""
@@ -292,27 +287,11 @@ class Scheduler:
         self.tree.recolour(job.key, Colour.RESIDENT)
         return n
 
-    def _waits_for(self, holder: Source, job: Job) -> bool:
-        """Whether a sequence will itself come of a job."""
-        while isinstance(holder, Job) and holder.source is not None:
-            holder = holder.source
-            if holder is job:
-                return True
-        return False
-
-    def _can_give(self, holder: Source, n: int) -> bool:
-        if isinstance(holder, Kept):
-            return n <= holder.held if self.rules.fork_anywhere else n == holder.held
-        if self.rules.fork_anywhere:
-            return True
-        begins = holder.fork_at if holder.phase is Phase.PLACED and holder.source is not None else holder.held
-        return begins <= n
-
     def _stored(self, job: Job, n: int) -> int:
         """How much to take from the store: nothing, unless it has clearly more than is at hand."""
         if self.lookup is None or not job.share or job.n_prompt - 1 <= n:
             return 0
-        stored = self._on_grid(min(self.lookup(job), job.n_prompt - 1))
+        stored = on_grid(min(self.lookup(job), job.n_prompt - 1), self.rules.grid)
         return stored if stored >= max(n + n // 8, n + self.rules.min_share, 1) else 0
 
     # --- forking ------------------------------------------------------------------------------------------------------
@@ -321,7 +300,7 @@ class Scheduler:
         for job in list(self.running.values()):
             if job.phase is not Phase.PLACED:
                 continue
-            if not job.held and (job.source is None or not self._can_give(job.source, job.fork_at)):
+            if not job.held and (job.source is None or not can_give(job.source, job.fork_at, self.rules)):
                 self._aim(job, *self._source(job))
             source, n = job.source, job.fork_at
             if source is None:
@@ -352,7 +331,7 @@ class Scheduler:
             job.stops = job.stops[bisect_right(job.stops, job.held) :]
             if n != job.held or any(k.held == n == common_prefix(k.tokens, job.tokens) for k in self.kept.values()):
                 continue
-            wanted = any(self._on_grid(b) == n for b in self.tree.branches(job.tokens, Colour.WAITING))
+            wanted = any(on_grid(b, self.rules.grid) == n for b in self.tree.branches(job.tokens, Colour.WAITING))
             if wanted or n < job.n_prompt:
                 actions: list[Action] = []
                 self._keep(job, n, actions, wanted=wanted)

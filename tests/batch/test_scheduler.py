@@ -9,6 +9,7 @@ import pytest
 
 from llamastate.batch import rows
 from llamastate.batch.jobs import Job, Rules
+from llamastate.batch.sources import best_source, n_waits
 from tests.batch.simulation import Simulation
 
 
@@ -53,6 +54,58 @@ def test_groups_in_groups(anywhere):
         sim.add(tokens, 2)
     sim.run()
     assert sim.computed == 60 + 3 * 40 + 24 * (4 + 1)
+
+
+def test_a_few_tokens_are_not_waited_for():
+    """Two of each pair begin alike beyond what all share. They compute that twice if it is little.
+
+    But for the first one's, whom all wait for.
+    """
+    for extra, n_computed in ((3, 40 + 12 * 20 - 3), (12, 40 + 6 * 12 + 12 * 8)):
+        sim = Simulation(rules(n_slots=12, n_cells=1000, budget=512, min_share=8))
+        system = text(0, 40)
+        for i in range(12):
+            sim.add([*system, *text(100 + i // 2, extra), *text(1000 + i, 20 - extra)], 5)
+        sim.run()
+        assert sim.computed == n_computed + 12 * 4
+        # the first one, the others, those that waited, and the steps after each
+        assert sim.decodes == 2 + 4 + (extra > 8)
+
+
+def test_what_waits_twice_has_to_gain_twice():
+    given = rules(min_share=8)
+    first, second, third = (Job(np.array(tokens, np.int32), 4) for tokens in ([*range(60)], [*range(40)], [*range(50)]))
+    third.tokens = np.array([*range(38), *range(900, 912)], np.int32)
+    second.source, second.fork_at = first, 20
+    assert (n_waits(first, 20), n_waits(second, 20), n_waits(second, 38)) == (1, 1, 2)
+    second.tokens = np.array([*range(27), *range(800, 813)], np.int32)
+    first.tokens = np.array([*range(20), *range(700, 740)], np.int32)
+    assert best_source(third, [first, second], given) == (first, 20)
+    second.tokens = np.array([*range(29), *range(800, 811)], np.int32)
+    assert best_source(third, [first, second], given) == (second, 29)
+    first.held = 60
+    assert (n_waits(first, 20), n_waits(second, 20), n_waits(second, 29)) == (0, 0, 1)
+
+
+def test_places_that_come_free_together_are_taken_together(anywhere):
+    """The first one of a group is a step ahead of the others once, if it is not held up for them to begin there."""
+    sim = Simulation(rules(fork_anywhere=anywhere, n_slots=8, n_cells=1000, budget=512, min_share=8))
+    system = text(0, 40)
+    for i in range(64):
+        sim.add(system + text(i + 1, 5), 10)
+    sim.run()
+    assert sim.n_mixed == anywhere
+    assert sim.decodes == 1 + 8 * 10
+
+
+def test_low_cells_are_for_who_stays():
+    sim = Simulation(rules(n_slots=2))
+    sim.add(text(0, 5), 10)
+    sim.step()
+    sim.add(text(1, 5), 10)
+    for _ in sim.scheduler.plan():
+        pass
+    assert [start for _, start, _ in sim.scheduler.rows] == [0, 5]
 
 
 def test_a_kept_prefix_serves_those_who_come_later(anywhere):
