@@ -112,18 +112,22 @@ def ours(model, prompts):
 
 def test_shared_prefix(claim, model, prompts, best):
     n_parallel, flash, tried = best
-    seconds, results, _, sizes = by_us(model, prompts[:N_PROMPTS], n_parallel=n_parallel, flash_attn=flash)
-    again, texts = by_hand(model, prompts[:N_PROMPTS], n_parallel, flash, N_SHARED)
-    # both were measured, the loop at a better moment perhaps
-    speed = max(sum(map(len, texts)) / again, tried[n_parallel, flash] if N_PROMPTS == N_TRIED else 0)
-    mine = rate(results, seconds)
+    # in turns, for the machine has better moments and worse ones; long runs have both
+    pairs = []
+    for _ in range(3 if N_PROMPTS == N_TRIED else 1):
+        seconds, results, _, sizes = by_us(model, prompts[:N_PROMPTS], n_parallel=n_parallel, flash_attn=flash)
+        theirs, texts = by_hand(model, prompts[:N_PROMPTS], n_parallel, flash, N_SHARED)
+        mine, speed = rate(results, seconds), sum(map(len, texts)) / theirs
+        pairs.append((mine / speed, mine, speed))
+    ratio, mine, speed = sorted(pairs)[len(pairs) // 2]
     others = ", ".join(f"{n}/{f} {v:.0f}" for (n, f), v in tried.items())
+    each = "" if len(pairs) == 1 else f" ({', '.join(f'{r:.2f}' for r, *_ in pairs)})"
     what = f"{N_PROMPTS} prompts, {N_SHARED} shared + {N_OWN} own tokens, {N_GENERATE} generated"
     claim(
         60,
         f"{what}, against a loop by hand",
-        f"{mine / speed:.2f} ×: {mine:.0f} against {speed:.0f} tokens/s (sequences/flash attention: {others})",
-        mine / speed,
+        f"{ratio:.2f} ×{each}: {mine:.0f} against {speed:.0f} tokens/s (sequences/flash attention: {others})",
+        ratio,
         0.97,
         at_least=True,
     )
