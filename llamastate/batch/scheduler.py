@@ -31,7 +31,7 @@ from llamastate.batch.jobs import (
 )
 from llamastate.batch.radix import Colour, RadixTree
 from llamastate.batch.rows import fixed_rows, mixed_rows, tiles_are_dear
-from llamastate.batch.sources import best_source, can_give, on_grid
+from llamastate.batch.sources import best_source, can_give, n_roots, on_grid
 from llamastate.batch.waiting import WaitingLine
 from llamastate.sessioncore import common_prefix
 
@@ -221,10 +221,24 @@ class Scheduler:
     def _more_next(self) -> bool:
         """Whether the next step certainly frees more places than are free: all are taken together then.
 
-        Prompts cost less together, while cells are few, than one by one beside steps of others.
+        Prompts cost less together, while cells are few, than one by one beside steps of others. But not if that would
+        end all who have what others are going to begin with.
         """
-        ending = sum(job.phase is Phase.GENERATE and job.limit - job.made == 1 for job in self.running.values())
-        return ending > len(self._free_slots) and self.rules.grid is None
+        if self.rules.grid is not None or self._put_off:
+            return False
+        running = self.running.values()
+        ending = [job for job in running if job.phase is Phase.GENERATE and job.limit - job.made == 1]
+        if len(ending) <= len(self._free_slots):
+            return False
+        if not self.rules.fork_anywhere:
+            return True
+        # what they begin with is to outlive them
+        matches = [(job.tokens, self.tree.match(job.tokens, Colour.WAITING)) for job in ending if job.share]
+        wanted = [tokens[:n] for tokens, n in matches if n >= self.rules.min_share]
+        lasting = {id(job) for job in running}.difference(map(id, ending))
+        held = [k.tokens for k in self.kept.values()] + [j.tokens for j in running if id(j) in lasting and j.share]
+        room = len(self._free_spare) + sum(not self._wanted(kept) for kept in self.kept.values())
+        return n_roots(wanted, held, self.rules.min_share) <= room
 
     def _promised(self, job: Job) -> int:
         """Cells that a job was told it would find."""
@@ -269,8 +283,15 @@ class Scheduler:
         if job.share and not self.rules.fork_anywhere:
             for stop in self.tree.branches(job.tokens, Colour.WAITING):
                 stop = on_grid(min(stop, job.n_prompt), self.rules.grid)
-                if stop >= n + self.rules.min_share and stop not in job.stops:
+                if self._worth_stopping(job, stop, n) and stop not in job.stops:
                     insort(job.stops, stop)
+
+    def _worth_stopping(self, job: Job, stop: int, n: int) -> bool:
+        """Whether a state at ``stop`` spares those who wait enough, if they have ``n`` tokens without it."""
+        if stop < self.rules.min_share or stop <= n:
+            return False
+        among = sum(other.share and common_prefix(other.tokens, job.tokens) >= stop for other in self.waiting)
+        return (stop - n) * among >= self.rules.min_share
 
     def _source(self, job: Job) -> tuple[Source | None, int]:
         """The sequence to take a job's beginning from, and how much of it."""

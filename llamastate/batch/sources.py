@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from llamastate.arrays import Int32Array
 from llamastate.batch.jobs import Job, Kept, Phase, Rules, Source
 from llamastate.sessioncore import common_prefix
 
-__all__ = ["best_source", "can_give", "n_waits", "on_grid"]
+__all__ = ["best_source", "can_give", "n_roots", "n_waits", "on_grid"]
+
+#: Tokens that are rather computed than waited for.
+WAIT_COST = 8
 
 
 def best_source(job: Job, holders: Iterable[Source], rules: Rules) -> tuple[Source | None, int]:
@@ -19,6 +23,7 @@ def best_source(job: Job, holders: Iterable[Source], rules: Rules) -> tuple[Sour
     best: Source | None = None
     best_n = best_score = 0
     twin = job.twin_of
+    cost = min(WAIT_COST, rules.min_share)
     for holder in holders:
         if holder is job or (isinstance(holder, Job) and not holder.share) or _comes_of(holder, job):
             continue
@@ -28,7 +33,7 @@ def best_source(job: Job, holders: Iterable[Source], rules: Rules) -> tuple[Sour
             n = on_grid(min(n, job.n_prompt - 1), rules.grid)
         if n < rules.min_share or n <= best_score:
             continue
-        score = n if whole else n - rules.min_share * n_waits(holder, n)
+        score = n if whole else n - cost * n_waits(holder, n)
         if score > best_score and can_give(holder, n, rules):
             best, best_n, best_score = holder, n, score
     return best, best_n
@@ -42,6 +47,16 @@ def n_waits(source: Source, n: int) -> int:
         n = min(n, source.fork_at)
         source = source.source
     return waits + (n > source.held)
+
+
+def n_roots(prefixes: Iterable[Int32Array], held: Iterable[Int32Array], min_share: int) -> int:
+    """How many of some prefixes are nowhere near what is held, nor near each other."""
+    near = list(held)
+    n = len(near)
+    for prefix in prefixes:
+        if not any(common_prefix(other, prefix) > len(prefix) - min_share for other in near):
+            near.append(prefix)
+    return len(near) - n
 
 
 def can_give(holder: Source, n: int, rules: Rules) -> bool:

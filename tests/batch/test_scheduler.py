@@ -9,7 +9,7 @@ import pytest
 
 from llamastate.batch import rows
 from llamastate.batch.jobs import Job, Rules
-from llamastate.batch.sources import best_source, n_waits
+from llamastate.batch.sources import best_source, n_roots, n_waits
 from tests.batch.simulation import Simulation
 
 
@@ -96,6 +96,37 @@ def test_places_that_come_free_together_are_taken_together(anywhere):
     sim.run()
     assert sim.n_mixed == anywhere
     assert sim.decodes == 1 + 8 * 10
+
+
+def test_a_little_more_in_common_is_kept_if_many_wait_for_it():
+    """States that cannot be cut: 20 tokens beyond what all share are computed once for each family."""
+    sim = Simulation(rules(fork_anywhere=False, n_slots=8, n_spare=8, n_cells=4000, budget=512, min_share=32))
+    system = text(0, 100)
+    for i in range(60):
+        sim.add([*system, *text(100 + i % 3, 20), *text(1000 + i, 5)], 4)
+    sim.run()
+    assert sim.computed == 100 + 3 * 20 + 60 * (5 + 3)
+
+
+def test_not_all_end_together_who_have_what_others_want():
+    """Without a spare sequence what all begin with lives in those that run."""
+    computed = {}
+    for n_spare in (0, 1):
+        sim = Simulation(rules(n_slots=4, n_spare=n_spare, n_cells=1000, budget=512, min_share=8))
+        system = text(0, 40)
+        for i in range(40):
+            sim.add(system + text(i + 1, 5), 10)
+        sim.run()
+        computed[n_spare] = sim.computed - 40 * (5 + 9)
+        assert sim.n_mixed > 5 or n_spare
+    assert max(computed.values()) <= 40
+
+
+def test_roots():
+    first, second = np.arange(50, dtype=np.int32), np.arange(100, 150, dtype=np.int32)
+    assert n_roots([first, second, first[:45]], [], 8) == 2
+    assert n_roots([first, second], [np.append(first[:43], 7)], 8) == 1
+    assert n_roots([first], [first[:42]], 8) == 1
 
 
 def test_low_cells_are_for_who_stays():
