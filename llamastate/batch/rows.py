@@ -54,9 +54,9 @@ def mixed_rows(steps: Iterable[Job], prompts: Iterable[Job], room: int) -> list[
     Prompts are first, for llama.cpp gives out cells from the lowest: the low ones are to be theirs who stay longest.
     Attention goes over all cells up to the last used one, and what has ended leaves gaps.
     """
-    ends = [Row(job, job.held, job.held + 1) for job in steps]
+    last = [Row(job, job.held, job.held + 1) for job in steps]
     rows = []
-    left = room - len(ends)
+    left = room - len(last)
     for job in prompts:
         end = min(job.n_prompt, job.held + left)
         for stop in job.stops:
@@ -66,7 +66,7 @@ def mixed_rows(steps: Iterable[Job], prompts: Iterable[Job], room: int) -> list[
         if end > job.held:
             rows.append(Row(job, job.held, end))
             left -= end - job.held
-    return rows + ends
+    return rows + last
 
 
 def fixed_rows(running: Iterable[Job], grid: int) -> list[Row]:

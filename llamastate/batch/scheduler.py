@@ -235,8 +235,8 @@ class Scheduler:
         # what they begin with is to outlive them
         matches = [(job.tokens, self.tree.match(job.tokens, Colour.WAITING)) for job in ending if job.share]
         wanted = [tokens[:n] for tokens, n in matches if n >= self.rules.min_share]
-        lasting = {id(job) for job in running}.difference(map(id, ending))
-        held = [k.tokens for k in self.kept.values()] + [j.tokens for j in running if id(j) in lasting and j.share]
+        gone = set(map(id, ending))
+        held = [k.tokens for k in self.kept.values()] + [j.tokens for j in running if j.share and id(j) not in gone]
         room = len(self._free_spare) + sum(not self._wanted(kept) for kept in self.kept.values())
         return n_roots(wanted, held, self.rules.min_share) <= room
 
