@@ -283,7 +283,7 @@ class Scheduler:
         if job.share and not self.rules.fork_anywhere:
             for stop in self.tree.branches(job.tokens, Colour.WAITING):
                 stop = on_grid(min(stop, job.n_prompt), self.rules.grid)
-                if self._worth_stopping(job, stop, n) and stop not in job.stops:
+                if stop not in job.stops and self._worth_stopping(job, stop, n):
                     insort(job.stops, stop)
 
     def _worth_stopping(self, job: Job, stop: int, n: int) -> bool:

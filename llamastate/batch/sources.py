@@ -25,7 +25,7 @@ def best_source(job: Job, holders: Iterable[Source], rules: Rules) -> tuple[Sour
     twin = job.twin_of
     cost = min(WAIT_COST, rules.min_share)
     for holder in holders:
-        if holder is job or (isinstance(holder, Job) and not holder.share) or _comes_of(holder, job):
+        if holder is job or (isinstance(holder, Job) and not holder.share):
             continue
         n = common_prefix(holder.tokens, job.tokens)
         whole = twin is not None and n == job.n_prompt and (holder is twin or isinstance(holder, Kept))
@@ -34,7 +34,7 @@ def best_source(job: Job, holders: Iterable[Source], rules: Rules) -> tuple[Sour
         if n < rules.min_share or n <= best_score:
             continue
         score = n if whole else n - cost * n_waits(holder, n)
-        if score > best_score and can_give(holder, n, rules):
+        if score > best_score and can_give(holder, n, rules) and not _comes_of(holder, job):
             best, best_n, best_score = holder, n, score
     return best, best_n
 
